@@ -1,0 +1,478 @@
+"""Audio to prepared folders for agrepa.py: log-mel, teacher features and k-means units in blocks of 0.16 s.
+
+    python data_prep.py ./LibriTTS                              # prepares into ./prepared, as agrepa.py --data would
+    python data_prep.py ./LibriTTS --download train-clean-100   # fetches that part first (torchaudio.datasets)
+    python data_prep.py --toy ./toy-audio                       # synthesises the toy corpus: speech and sound events
+
+The audio is only read. WAV, FLAC, OGG, MP3 and whatever else libsndfile opens, of any rate and channel count, from
+one block up; what can't be used is skipped, and listed with the reason in meta.json.
+"""
+import argparse, collections, hashlib, json, math, os, shutil, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import agrepa
+from agrepa import BLOCK, FRAMES, N_MELS, RATE, TEACHER_FRAMES, TEACHER_RATE, Config, Teacher, log_mel
+
+AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .sph".split())
+WINDOW = 160  # blocks, 25.6 s: longer files are cut (attention is quadratic, Whisper sees 30 s)
+BATCH = 600  # blocks, 96 s of equal lengths to the teacher at once
+SAMPLE = 40  # teacher frames a unit to fit k-means on
+SAVE_SECONDS = 30  # between notes of progress
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def resample(wave, rate, new):
+    """wave [n] -> [about n x new / rate]. The ratio is rounded to a denominator of at most 500: at most 0.1 ms in a
+    window of 25.6 s, and 16,001 Hz costs no more than 16,000 (its exact kernel would take 1.5 GB)."""
+    from torchaudio.functional import resample
+    ratio = Fraction(new, rate).limit_denominator(500)
+    return wave if ratio == 1 else resample(wave, ratio.denominator, ratio.numerator)
+
+
+def read(path, start=0, blocks=None):
+    """Blocks of a file, mono: waveform at 16 kHz [n x 2560] and at 24 kHz [n x 3840]. Raises ValueError with the reason."""
+    import soundfile
+    try:
+        with soundfile.SoundFile(path) as f:
+            rate, blocks = f.samplerate, blocks or int(f.frames / f.samplerate / BLOCK + 1e-6)
+            a, b = round(start * BLOCK * rate), round((start + blocks) * BLOCK * rate)
+            f.seek(a)
+            wave = f.read(b - a, dtype="float32", always_2d=True).mean(1)
+    except (RuntimeError, OSError) as error:  # soundfile's own is a RuntimeError
+        raise ValueError(f"can't be read ({error})") from None
+    if len(wave) < b - a - BLOCK * rate:
+        raise ValueError(f"ends at {(a + len(wave)) / rate:.2f} s, its header says {f.frames / rate:.2f} s")
+    if not np.isfinite(wave).all():
+        raise ValueError("has samples that are NaN or infinite")
+    if np.abs(wave).max(initial=0) < 1e-5:
+        raise ValueError(f"is silent from {start * BLOCK:.2f} s to {(start + blocks) * BLOCK:.2f} s")
+    wave = torch.from_numpy(wave)
+    fit = lambda x, n: F.pad(x, (0, max(0, n - len(x))))[:n]
+    return (fit(resample(wave, rate, TEACHER_RATE), round(blocks * BLOCK * TEACHER_RATE)),
+            fit(resample(wave, rate, RATE), round(blocks * BLOCK * RATE)))
+
+
+def list_audio(folder):
+    """[(path relative to folder, bytes)], sorted; links are followed, once."""
+    found, seen = [], set()
+    for base, dirs, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(base)) in seen:
+            dirs.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(base, f) for f in files if Path(f).suffix.lower() in AUDIO and not f.startswith(".")]
+    return sorted((os.path.relpath(f, folder), os.path.getsize(f)) for f in found if os.path.exists(f))
+
+
+def scan(folder, files):
+    """Header of each file -> {path: blocks} of the usable, [{path, reason}] of the others."""
+    import soundfile
+    usable, skipped = {}, []
+    for path, _ in files:
+        try:
+            info = soundfile.info(os.path.join(folder, path))
+            reason = "" if 0 < info.frames < 2 ** 40 and info.duration >= BLOCK else f"shorter than a block of {BLOCK} s"
+        except (RuntimeError, OSError) as error:
+            reason = f"can't be read ({error})"
+        if reason:
+            skipped.append(dict(path=path, reason=reason))
+        else:
+            usable[path] = int(info.duration / BLOCK + 1e-6)
+    return usable, skipped
+
+
+def by_hash(path):
+    return hashlib.md5(str(path).encode()).hexdigest()
+
+
+def hold_out(usable):
+    """Which files to hold out: dev-* and test-* folders where there are any; else by a hash of the path, evenly in each
+    top folder, 2 % and 5 minutes at least, 10 % at most."""
+    named = {p for p in usable if any(part.startswith(("dev-", "test-")) for part in Path(p).parts[:-1])}
+    if named and len(named) < len(usable):
+        return named
+    total, folders, place = sum(usable.values()), collections.defaultdict(list), {}
+    for p in sorted(usable, key=by_hash):
+        folders[Path(p).parts[0] if len(Path(p).parts) > 1 else ""].append(p)
+    for files in folders.values():
+        size, before = sum(usable[p] for p in files), 0
+        for p in files:
+            place[p] = (before / size, by_hash(p))
+            before += usable[p]
+    want, most, held, taken = max(0.02 * total, 300 / BLOCK), 0.1 * total, set(), 0
+    for p in sorted(place, key=place.get):
+        if taken < want and taken + usable[p] <= most:
+            held.add(p)
+            taken += usable[p]
+    return held or ({min(usable, key=usable.get)} if len(usable) > 1 else set())
+
+
+# ---- units -----------------------------------------------------------------------------------------------------------
+
+def assign(x, centroids):
+    """Nearest centroid of each row: x [n, d], centroids [k, d] -> [n]."""
+    square = centroids.square().sum(1)
+    return torch.cat([(square - 2 * part @ centroids.T).argmin(1) for part in x.split(16384)])
+
+
+def k_means(x, k, rounds=12):
+    """Lloyd's algorithm from k of the rows. x [n, d] -> [k, d]."""
+    if len(x) < 2 * k:
+        raise ValueError(f"--units {k}: the training audio has {len(x)} frames at 50 Hz; take at most {len(x) // 2} units")
+    pick = torch.Generator().manual_seed(0)
+    centroids = x[torch.randperm(len(x), generator=pick)[:k].to(x.device)].clone()
+    for _ in range(rounds):
+        unit = assign(x, centroids)
+        count = torch.bincount(unit, minlength=k)
+        total = torch.zeros_like(centroids).index_add_(0, unit, x)
+        spare = x[torch.randint(len(x), (k,), generator=pick).to(x.device)]  # where a unit has no frames left
+        centroids = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], spare)
+    return centroids
+
+
+# ---- preparing -------------------------------------------------------------------------------------------------------
+
+def plan(usable, held, units):
+    """Batches of equal lengths, [[(path, start, blocks)]]: first the sample that k-means is fitted on, then the rest to
+    train on, then what is held out. -> batches, how many are the sample, how many are for training."""
+    pieces = lambda p: [(p, s, min(WINDOW, usable[p] - s)) for s in range(0, usable[p], WINDOW)]
+    train = [w for p in sorted(set(usable) - held, key=by_hash) for w in pieces(p)]
+    out = [w for p in sorted(held) for w in pieces(p)]
+    if not held and len(train) > 1:  # one file: its last windows
+        cut = max(1, len(train) // 20)
+        train, out = sorted(train)[:-cut], sorted(train)[-cut:]
+    if not out:
+        raise ValueError("one utterance is too little: some audio has to be held out")
+    lots = np.random.default_rng(0).permutation(len(train))  # windows of one long file are not the whole sample
+    need, sample = units * SAMPLE / TEACHER_FRAMES, []
+    while need > 0 and len(sample) < len(train):
+        sample.append(train[lots[len(sample)]])
+        need -= sample[-1][2]
+    rest, batches, ends = [train[i] for i in sorted(lots[len(sample):])], [], []
+    for part in (sample, rest, out):
+        batch = []
+        for w in sorted(part, key=lambda w: (w[2], w[0], w[1])):
+            if batch and (w[2] != batch[0][2] or (len(batch) + 1) * w[2] > BATCH):
+                batches.append(batch)
+                batch = []
+            batch.append(w)
+        batches += [batch] if batch else []
+        ends.append(len(batches))
+    return batches, ends[0], ends[1]
+
+
+class Rows:
+    """Arrays that grow by rows inside a partial folder; only `progress` says how far they are to be trusted."""
+
+    def __init__(self, folder, most, shapes, fresh):
+        self.folder, self.files = folder, {}
+        for name, (shape, kind) in shapes.items():
+            at = folder / f"{name}.npy"
+            self.files[name] = (np.lib.format.open_memmap(at, "w+", kind, (most, *shape)) if fresh
+                                else np.lib.format.open_memmap(at, "r+"))
+
+    def write(self, at, **arrays):
+        for name, x in arrays.items():
+            self.files[name][at:at + len(x)] = x
+
+    def flush(self):
+        for x in self.files.values():
+            x.flush()
+
+    def finish(self, rows):
+        """Cuts the files to their rows: numpy leaves room in the header for another count."""
+        self.flush()
+        for name, x in self.files.items():
+            with open(self.folder / f"{name}.npy", "r+b") as f:
+                np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(x.dtype),
+                                                             fortran_order=False, shape=(rows, *x.shape[1:])))
+                assert f.tell() == x.offset
+                f.truncate(x.offset + rows * x[:1].nbytes)
+        self.files.clear()
+
+
+def prepare(folder, out, config, name=None):
+    """A folder of audio -> a prepared folder `out`. Raises ValueError. Interrupted, the same call goes on; until it is
+    whole, the work stands in `out`.partial."""
+    folder, out = Path(folder), Path(out)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} lies inside the audio folder {folder}, where nothing is written: choose another --cache or --out")
+    if out.exists():
+        raise ValueError(f"{out} exists already; nothing is overwritten")
+    files = list_audio(folder)
+    usable, skipped = scan(folder, files)
+    if not usable:
+        reason = f"; the first of {len(skipped)}: {skipped[0]['path']} {skipped[0]['reason']}" if skipped else ""
+        raise ValueError(f"--data {folder}: no usable audio ({', '.join(sorted(AUDIO))}){reason}")
+    batches, sampled, train_batches = plan(usable, hold_out(usable), config.units)
+    most, total = sum(w[2] for b in batches for w in b), sum(w[2] for b in batches for w in b) * BLOCK
+
+    device = agrepa.launch(config)[2]
+    teacher = Teacher(config.teacher, config.teacher_layer).to(device)
+    listener = Teacher(config.units_teacher, config.teacher_layer).to(device) if config.units_teacher not in ("", config.teacher) else teacher
+    print(f"preparing {folder}: {len(usable)} files, {total / 3600:.2f} h, teacher {config.teacher}, on {device.type}; "
+          f"{len(skipped)} files skipped; into {out}", flush=True)
+
+    part = out.with_name(out.name + ".partial")
+    state = dict(key=identity(folder, config, files), batch=0, rows=0, lengths=[], train=0, skipped=skipped, sums=None)
+    try:
+        before = json.loads((part / "progress.json").read_text())
+    except (OSError, ValueError):
+        before = {}
+    fresh = before.get("key") != state["key"]
+    if fresh:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    else:
+        state = before
+        print(f"going on where it stopped, {state['rows'] * BLOCK / 3600:.2f} h done", flush=True)
+    rows = Rows(part, most, dict(mel=((FRAMES, N_MELS), np.float16), teacher=((teacher.dim,), np.float16),
+                                 tokens=((TEACHER_FRAMES * config.codebooks,), np.uint16)), fresh)
+    centroids = None if fresh else torch.from_numpy(np.load(part / "units.npy")).to(device)
+    sums = np.zeros(3 + teacher.dim) if fresh else np.array(state["sums"])  # values, sum, sum of squares; teacher's sum
+
+    def load(window):
+        try:
+            wave, wave24 = read(folder / window[0], *window[1:])
+            return wave, log_mel(wave24[None])[0]
+        except ValueError as error:
+            return str(error)
+
+    def understand(batch, loaded):
+        """Audio of one batch -> [utterances] of mel, teacher rows, and the features that units are assigned from."""
+        for window, x in zip(batch, loaded):
+            if isinstance(x, str):
+                state["skipped"].append(dict(path=window[0], reason=x))
+        good = [x for x in loaded if not isinstance(x, str)]
+        if not good:
+            return []
+        wave = torch.stack([w for w, _ in good]).to(device)
+        mel = torch.stack([m for _, m in good])  # [b, n x 15, M]
+        feats = teacher(wave)  # [b, n x 8, dim]
+        heard = [(feats if listener is teacher else listener(wave)).half()]
+        if config.codebooks == 2:  # dense acoustics: the mel itself at the rate of the tokens
+            heard.append(F.interpolate(mel.transpose(1, 2), feats.shape[1], mode="area").transpose(1, 2).half().to(device))
+        pooled = feats.float().unflatten(1, (-1, TEACHER_FRAMES)).mean(2).cpu()
+        return list(zip(mel, pooled, zip(*heard)))
+
+    def put(utterances, training):
+        for mel, pooled, heard in utterances:
+            ids = [assign(x.float(), c) for x, c in zip(heard, centroids.split([x.shape[1] for x in heard], 1))]
+            tokens = agrepa.interleave(*ids).view(len(pooled), -1).cpu()
+            mel16 = mel.half()
+            rows.write(state["rows"], mel=mel16.unflatten(0, (-1, FRAMES)).numpy(), teacher=pooled.half().numpy(), tokens=tokens.numpy())
+            state["rows"] += len(pooled)
+            state["lengths"].append(len(pooled))
+            state["train"] += training
+            if training:
+                m = mel16.double()
+                sums[:3] += m.numel(), m.sum(), m.square().sum()
+                sums[3:] += pooled.double().sum(0).numpy()
+
+    def keep_progress(done):
+        rows.flush()
+        state.update(batch=done, sums=sums.tolist())
+        agrepa.write_text(part / "progress.json", json.dumps(state))
+
+    began = saved = said = time.time()
+    done_before, waiting, sample = state["rows"], collections.deque(), []
+    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
+        todo = iter(batches[state["batch"]:])
+        for i in range(state["batch"], len(batches)):
+            while len(waiting) < 3 and (b := next(todo, None)):  # two batches ahead, no more: memory stays flat
+                waiting.append((b, [pool.submit(load, w) for w in b]))
+            batch, coming = waiting.popleft()
+            found = understand(batch, [c.result() for c in coming])
+            if i < sampled:
+                sample += found
+                if i == sampled - 1:
+                    parts = zip(*(h for _, _, h in sample))
+                    centroids = torch.cat([k_means(torch.cat(x).float(), config.units) for x in parts], 1)
+                    np.save(part / "units.npy", centroids.cpu().numpy())
+                    put(sample, True)
+                    sample.clear()
+                    keep_progress(i + 1)
+            else:
+                put(found, i < train_batches)
+            now = time.time()
+            if i >= sampled and now - saved > SAVE_SECONDS:
+                keep_progress(i + 1)
+                saved = now
+            if now - said > 5:
+                audio = (state["rows"] - done_before + sum(len(p) for _, p, _ in sample)) * BLOCK
+                left = (total - done_before * BLOCK - audio) * (now - began) / max(audio, 1e-9)
+                print(f"  {(done_before * BLOCK + audio) / 3600:.2f} of {total / 3600:.2f} h, {audio / (now - began):.0f} x real time, "
+                      f"{agrepa.clock(left)} left", flush=True)
+                said = now
+    if not 0 < state["train"] < len(state["lengths"]):
+        reasons = "; ".join(f"{s['path']} {s['reason']}" for s in state["skipped"][:3])
+        raise ValueError(f"--data {folder}: no usable audio is left to train on and to hold out ({reasons})")
+    rows.finish(state["rows"])
+    np.save(part / "offsets.npy", np.cumsum([0, *state["lengths"]], dtype=np.int64))
+    n, total1, total2 = sums[:3]
+    mean = total1 / n
+    meta = dict(format=1, name=name or folder.resolve().name, source=str(folder.resolve()), teacher=config.teacher, teacher_layer=config.teacher_layer,
+                units_teacher=config.units_teacher or config.teacher, codebooks=config.codebooks, units=config.units,
+                rate=RATE, dim=teacher.dim, mel_mean=mean, mel_std=math.sqrt(max(total2 / n - mean ** 2, 1e-12)),
+                teacher_mean=(sums[3:] / (n / FRAMES / N_MELS)).tolist(), hours=state["rows"] * BLOCK / 3600,
+                utterances=len(state["lengths"]), held_out=len(state["lengths"]) - state["train"], skipped=state["skipped"])
+    agrepa.write_text(part / "meta.json", json.dumps(meta, indent=1))
+    (part / "progress.json").unlink()
+    os.replace(part, out)
+    print(f"prepared {out}: {meta['utterances']} utterances, {meta['hours']:.2f} h, {meta['held_out']} held out, "
+          f"{len(meta['skipped'])} skipped, {time.time() - began:.0f} s", flush=True)
+    for s in meta["skipped"][:5]:
+        print(f"  skipped {s['path']}: {s['reason']}")
+    return out
+
+
+def identity(folder, config, files):
+    """Eight characters that stand for the audio, and for every setting that preparation depends on."""
+    parts = [str(Path(folder).resolve()), files]
+    for spec in (config.teacher, config.units_teacher):
+        source = Path(spec.rsplit(":", 1)[0])
+        parts.append([spec, source.read_text() if source.suffix == ".py" and source.is_file() else ""])
+    parts += [config.teacher_layer, config.codebooks, config.units]
+    return hashlib.md5(json.dumps(parts).encode()).hexdigest()[:8]
+
+
+def prepared(folder, config, given):
+    """The prepared folder for one entry of --data; prepares audio into the cache if that isn't done."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder}: no such folder")
+    if (folder / "meta.json").exists():
+        meta = agrepa.BlockDataset(folder).meta
+        for k in {"teacher", "teacher_layer", "units_teacher", "codebooks", "units"} & set(given):
+            if given[k] != meta[k]:
+                raise ValueError(f"--{k.replace('_', '-')} {given[k]}: {folder} was prepared with {meta[k]}; prepare the audio again")
+        return folder
+    files = list_audio(folder)
+    out = Path(config.cache) / f"{folder.resolve().name}-{identity(folder, config, files)}"
+    if (out / "meta.json").exists():
+        return out
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        flags = " ".join(f"--{k.replace('_', '-')} {getattr(config, k)}" for k in
+                         ("teacher", "teacher_layer", "units_teacher", "codebooks", "units", "cache") if getattr(config, k) != "")
+        raise ValueError(f"--data {folder}: not prepared yet; before torchrun, once: python data_prep.py {folder} {flags}")
+    return prepare(folder, out, config)
+
+
+# ---- the toy corpus --------------------------------------------------------------------------------------------------
+
+VOWELS = dict(a=(730, 1090, 2440), e=(530, 1840, 2480), i=(270, 2290, 3010), o=(570, 840, 2410), u=(300, 870, 2240))  # Peterson and Barney 1952
+
+
+def shaped(source, envelope):
+    """Filters source [n] by a time-varying magnitude envelope [frames, 257], frames 128 samples apart."""
+    window = torch.hann_window(512)
+    spec = torch.stft(torch.from_numpy(source.astype(np.float32)), 512, 128, window=window, return_complex=True)
+    envelope = torch.from_numpy(envelope.astype(np.float32)).T[:, :spec.shape[1]]
+    return torch.istft(spec * F.pad(envelope, (0, spec.shape[1] - envelope.shape[1])), 512, 128, window=window, length=len(source)).numpy()
+
+
+def peak(freqs, centre, width):
+    return 1 / (1 + ((freqs - np.asarray(centre)[..., None]) / np.asarray(width)[..., None]) ** 2)
+
+
+def speak(rng, pitch, tract, seconds):
+    """Speech-like sound of one voice: vowels, nasals, fricatives, stops and pauses, source and filter. [n] at 24 kHz."""
+    frames, freqs = int(seconds * RATE / 128), np.linspace(0, RATE / 2, 257)
+    voiced, noise, formants, colour, at = *np.zeros((2, frames)), np.full((frames, 3), 500.0), np.full((frames, 2), 4000.0), 0
+    while at < frames:
+        kind, n = rng.choice(["vowel"] * 5 + ["nasal", "hiss", "hiss", "stop", "stop", "pause"]), int(rng.uniform(9, 30))
+        s, at = slice(at, at + n), at + n
+        if kind in ("vowel", "nasal"):
+            voiced[s] = 1.0 if kind == "vowel" else 0.3
+            formants[s] = tract * np.array(VOWELS[rng.choice(list(VOWELS))] if kind == "vowel" else (250, 1200, 2200))
+        elif kind == "hiss":
+            noise[s], colour[s] = 0.3, ((6500, 2000), (3200, 1200))[rng.integers(2)]
+        elif kind == "stop":
+            noise[s.stop - 4:s.stop], colour[s.stop - 4:s.stop] = 0.8, (rng.choice([900, 2500, 4500]), 1200)
+    smooth = lambda x, n: np.apply_along_axis(np.convolve, 0, x, np.ones(n) / n, "same")
+    voiced, noise, formants = smooth(voiced, 5), smooth(noise, 3), smooth(formants, 9)
+    glide = np.interp(np.arange(frames * 128), np.linspace(0, frames * 128, 6), rng.uniform(0.85, 1.2, 6))
+    pulses = np.diff(np.floor(np.cumsum(pitch * glide / RATE)), prepend=0) * 12
+    filters = sum(g * peak(freqs, formants[:, k], np.full(frames, w)) for k, (g, w) in enumerate(((1, 60), (0.5, 90), (0.25, 140))))
+    sound = shaped(pulses, voiced[:, None] * filters)
+    return sound + shaped(rng.standard_normal(frames * 128), noise[:, None] * peak(freqs, colour[:, 0], colour[:, 1])) * 0.3
+
+
+def strike(rng, seconds):
+    """One or several sound events: a bell, a sweep, a gust or an engine. [n] at 24 kHz."""
+    n, freqs, out = int(seconds * RATE), np.linspace(0, RATE / 2, 257), np.zeros(int(seconds * RATE))
+    for _ in range(rng.integers(1, 4)):
+        a = int(rng.uniform(0, 0.6) * n)
+        t, kind = np.arange(n - a) / RATE, rng.integers(4)
+        decay = np.exp(-t * rng.uniform(2, 10))
+        if kind == 0:
+            f = rng.uniform(200, 1500)
+            sound = sum(np.sin(2 * np.pi * f * r * t) * np.exp(-t * 3 * r) / r for r in (1, 2.76, 5.4, 8.9) if f * r < 11_000)  # a free bar's modes
+        elif kind == 1:
+            sound = np.sin(2 * np.pi * np.cumsum(np.geomspace(*rng.uniform(200, 5000, 2), len(t))) / RATE) * decay
+        else:
+            source = rng.standard_normal(len(t)) if kind == 2 else np.diff(np.floor(t * rng.uniform(18, 70)), prepend=0) * 9
+            centre = np.linspace(*rng.uniform(300, 6000, 2), len(t) // 128 + 1)
+            sound = shaped(source, peak(freqs, centre, centre / 3)) * (decay if kind == 2 else 1)
+        out[a:] += sound / max(1e-6, np.abs(sound).max()) * rng.uniform(0.3, 1)
+    return out
+
+
+def toy(folder):
+    """Eight voices and a hundred and twenty recordings of sound events, 13 minutes in all, the same each time. -> two folders."""
+    import soundfile
+    folder = Path(folder)
+    if not folder.exists():
+        part = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(part, ignore_errors=True)
+        sounds = {f"toy-speech/voice{v}/{i}": lambda rng, v=v: speak(rng, 90 * 1.14 ** v, 0.88 + 0.04 * v, rng.uniform(2.5, 5))
+                  for v in range(8) for i in range(14)}
+        sounds |= {f"toy-sounds/{i}": lambda rng: strike(rng, rng.uniform(1, 5)) for i in range(120)}
+        for seed, (name, make) in enumerate(sounds.items()):
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            sound = make(np.random.default_rng(seed))
+            soundfile.write(part / f"{name}.wav", 0.7 * sound / np.abs(sound).max(), RATE)
+        os.replace(part, folder)
+    return [str(folder / "toy-speech"), str(folder / "toy-sounds")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    parser.add_argument("audio", nargs="?", default="", help="folder of audio")
+    parser.add_argument("--out", help="the prepared folder (default: one inside --cache, where agrepa.py finds it)")
+    parser.add_argument("--download", metavar="PART", help="first fetch this part of LibriTTS, such as dev-clean; the folder must be called LibriTTS")
+    parser.add_argument("--toy", metavar="DIR", help="synthesise the toy corpus into this folder, and stop")
+    agrepa.add_flags(parser, "teacher teacher_layer units_teacher codebooks units device cache".split())
+    given = vars(parser.parse_args())
+    try:
+        if "toy" in given:
+            return print(*toy(given["toy"]), sep="\n")
+        audio, config = Path(given["audio"]), Config(**{k: v for k, v in given.items() if hasattr(Config, k) and k != "out"})
+        config.check()
+        if "download" in given:
+            if audio.name != "LibriTTS":
+                raise ValueError(f"--download: the folder must be called LibriTTS, not {audio.name!r}")
+            from torchaudio.datasets import LIBRITTS
+            audio.parent.mkdir(parents=True, exist_ok=True)
+            LIBRITTS(audio.parent, given["download"], download=True)
+        if not given["audio"]:
+            raise ValueError("which folder? python data_prep.py FOLDER, or --toy DIR")
+        if "out" in given and audio.is_dir():
+            prepare(audio, given["out"], config)
+        else:
+            print(prepared(audio, config, given))
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"data_prep.py: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; the same command goes on from here", file=sys.stderr) or 130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,655 @@
+"""python -m pytest: what a user of agrepa.py relies on. No network, no checkpoint; a few minutes on two cores."""
+import copy, csv, json, os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn as nn
+
+import agrepa
+import data_prep
+from agrepa import *
+
+HERE = Path(agrepa.__file__).parent
+
+
+# ---- what the tests stand on -----------------------------------------------------------------------------------------
+
+def awake(module, std=0.05):
+    """A model as if it had trained: zero-initialised gates and outputs drawn at random."""
+    torch.manual_seed(5)
+    for p in module.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=std)
+    return module
+
+
+def tone(path, seconds, rate=24_000, channels=1, seed=0):
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * rate)) / rate
+    x = 0.3 * np.sin(2 * np.pi * rng.uniform(150, 900) * t * (1 + 0.1 * t)) + 0.05 * rng.standard_normal(len(t))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.repeat(x[:, None], channels, 1), rate)
+    return path
+
+
+@pytest.fixture(scope="session")
+def audio(tmp_path_factory):
+    """Two small folders of audio, of several rates, channel counts and lengths."""
+    root = tmp_path_factory.mktemp("audio")
+    for i in range(14):
+        tone(root / "one" / f"s{i % 3}" / f"{i}.flac", 1 + 0.3 * (i % 4), (16_000, 44_100)[i % 2], 1 + i % 2, i)
+        tone(root / "two" / f"{i}.wav", 0.4 + 0.4 * (i % 5), 22_050, 1, 100 + i)
+    return root
+
+
+def tiny(**kw):
+    return Config(**{**dict(teacher="MFCC", units=8, layers=4, dim=32, heads=2, seconds=0.96, batch_size=4, steps=12, probe_steps=6,
+                            probe_every=2, lr=3e-3, top_k=2, device="cpu", dtype="float32", eval_every=4, save_every=4), **kw})
+
+
+@pytest.fixture(scope="session")
+def folders(audio, tmp_path_factory):
+    """{codebooks: [prepared folder, prepared folder]}"""
+    out = tmp_path_factory.mktemp("prepared")
+    return {c: [str(data_prep.prepare(audio / d, out / f"{d}-{c}", tiny(codebooks=c))) for d in ("one", "two")] for c in (1, 2)}
+
+
+def setting(folders, codebooks=1, **kw):
+    config = tiny(codebooks=codebooks, data=folders[codebooks], **kw)
+    data = [BlockDataset(d) for d in config.data]
+    torch.manual_seed(0)
+    model = awake(VelocityModel(config.layers, config.dim, config.heads, config.dropout, [d.vocab for d in data]))
+    bitc = nn.ModuleList(BiTC(config.dim, d.dim) for d in data)
+    return config, data, model, bitc
+
+
+def run(config, out, resume=None):
+    out.mkdir(exist_ok=True)
+    return train(dataclasses.replace(config, out=str(out)), resume)
+
+
+def table(path):
+    with open(path) as f:
+        return list(csv.DictReader(f))
+
+
+def tensors(x, at=""):
+    if torch.is_tensor(x):
+        yield at, x
+    elif isinstance(x, (dict, list)):
+        for k, y in x.items() if isinstance(x, dict) else enumerate(x):
+            yield from tensors(y, f"{at}/{k}")
+
+
+# ---- sections 1, 2, 6: the model, and FoG-A twice ----------------------------------------------------------------------
+
+def test_path_starts_at_noise_ends_at_data_and_moves_at_u():
+    x0, x1, t = torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.tensor([0.2, 0.7])
+    assert torch.equal(flow_path(x0, x1, torch.zeros(2))[0], x0) and torch.allclose(flow_path(x0, x1, torch.ones(2))[0], x1)
+    a, u = flow_path(x0, x1, t)
+    b, _ = flow_path(x0, x1, t + 0.1)
+    assert torch.allclose((b - a) / 0.1, u, atol=1e-5)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    assert torch.allclose(flow_matching_loss(u * 0, u, mask)[1], u[1, :2].square().mean())
+
+
+@pytest.mark.parametrize("codebooks", [1, 2])
+@pytest.mark.parametrize("at", [0.05, 0.5, 0.95])
+def test_one_pass_ablation_equals_closing_gates_one_at_a_time(folders, codebooks, at):
+    config, data, model, _ = setting(folders, codebooks, dropout=0.3)
+    batch = make_batch(data, config, 3, 1)
+    assert batch.cond.mask is not None  # padding is part of what must agree
+    t = torch.full_like(batch.t, at)
+    x_t, _ = flow_path(batch.x0, batch.x1, t)
+    v, v_k = model.train().ablate_each_layer(x_t, t, batch.cond)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(v, model(x_t, t, batch.cond), atol=1e-5)
+        for k, layer in enumerate(model.layers):
+            hook = layer.register_forward_hook(lambda layer, args, out: args[0])
+            assert torch.allclose(v_k[k], model(x_t, t, batch.cond), atol=1e-5) and not torch.allclose(v_k[k], v, atol=1e-3)
+            hook.remove()
+    scores = fog_a(model.train(), list(model.layers), x_t, t, batch.cond)
+    assert torch.allclose(scores, relative_change(v, v_k), rtol=1e-4, atol=1e-6) and scores.shape == (4, 6)
+
+
+def test_fog_a_closed_form_on_a_linear_residual_network():
+    class Linear(nn.Module):
+        def __init__(self, A):
+            super().__init__()
+            self.A = A
+
+        def forward(self, h):
+            return h + h @ self.A.T
+
+    torch.manual_seed(1)
+    A = [0.3 * torch.randn(6, 6) for _ in range(3)] + [torch.zeros(6, 6)]  # the last layer is the identity
+    net = nn.Sequential(*map(Linear, A))
+    x, eye = torch.randn(5, 6), torch.eye(6)
+    full = eye
+    for a in A:
+        full = (eye + a) @ full
+    scores = fog_a(net, list(net), x)
+    for k in range(4):
+        part = eye
+        for j, a in enumerate(A):
+            part = part if j == k else (eye + a) @ part
+        assert torch.allclose(scores[k], ((part - full) @ x.T).norm(dim=0) / (full @ x.T).norm(dim=0), rtol=1e-4)
+    assert not scores[3].any()
+
+
+def test_fog_a_with_dropout_elsewhere_tuples_and_keywords():
+    class Two(nn.Module):  # two streams, returned in the other order, as MM-DiT blocks do
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.drop = nn.Linear(4, 4), nn.Linear(4, 4), nn.Dropout(0.5)
+
+        def forward(self, *, x, context, t):
+            return context + self.g(context) + x.mean(1, keepdim=True), x + self.drop(self.f(x)) * t
+
+    class Net(nn.Module):
+        def __init__(self, silent=False):
+            super().__init__()
+            self.blocks, self.drop, self.silent = nn.ModuleList([Two(), Two(), Two()]), nn.Dropout(0.5), silent
+
+        def forward(self, x, context, t):
+            x = self.drop(x)  # outside the blocks: stays random, and cancels
+            for block in self.blocks[:2 if self.silent else 3]:
+                context, x = block(x=x, context=context, t=t)
+            return x
+
+    torch.manual_seed(0)
+    net, inputs = Net().train(), (torch.randn(2, 7, 4), torch.randn(2, 3, 4), torch.rand(2, 1, 1))
+    net.blocks[1].f.weight.data.zero_(), net.blocks[1].f.bias.data.zero_()
+    for p in net.blocks[2].g.parameters():
+        p.data.zero_()
+    before = torch.get_rng_state()
+    scores = fog_a(net, net.blocks, *inputs)
+    assert torch.equal(torch.get_rng_state(), before) and net.blocks[0].drop.training
+    assert not scores[1].any() and (scores[0] > 0).all() and (scores[2] > 0).all()
+    assert torch.equal(scores, fog_a(net, net.blocks, *inputs, hidden=("context", "x")))
+    with pytest.raises(ValueError, match="block 1.*hidden="):  # both streams of one length: which is which?
+        fog_a(net, net.blocks, inputs[0], inputs[0], inputs[2])
+    with pytest.raises(ValueError, match=r"\[3\] never ran"):
+        fog_a(n := Net(silent=True), n.blocks, *inputs)
+    with pytest.raises(ValueError, match="not a residual block"):
+        fog_a(lambda x: lin(x), [lin := nn.Linear(4, 5)], torch.randn(2, 4), hidden=0)
+    assert not lin._forward_hooks and not any(b._forward_hooks for b in net.blocks)
+
+
+def test_probing_leaves_no_trace(folders):
+    config, data, model, bitc = setting(folders, dropout=0.2)
+    held = make_batch(data, config, 2, domains=[1])
+    model.train()
+    weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    foga, store, grad = probe(model, bitc, held, 1)
+    assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in model.modules())
+    assert all(p.grad is None for p in [*model.parameters(), *bitc.parameters()])
+    assert all(torch.equal(w, weights[k]) for k, w in model.state_dict().items())
+    assert not any(layer._forward_hooks for layer in model.layers)
+    assert np.shape(foga) == np.shape(store) == np.shape(grad) == (4, len(agrepa.PROBE_TIMES))
+    again = probe(model, bitc, held, 1)
+    assert again == [foga, store, grad] and np.min(foga) > 0 and np.min(grad) > 0
+
+
+def test_probing_does_not_change_the_training_trajectory(folders, tmp_path):
+    config = tiny(data=folders[1], dropout=0.2, select="4,2", weights="equal")
+    run(config, tmp_path / "a"), run(dataclasses.replace(config, probe_every=6), tmp_path / "b")
+    a, b = (load_checkpoint(tmp_path / x / "last.pt") for x in "ab")
+    assert len(a["history"]) == 3 and len(b["history"]) == 1
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(tensors(a["model"]), tensors(b["model"])))
+
+
+def test_padding_changes_nothing(folders):
+    """A short clip in a long batch: velocity, pools and scores as if it stood alone."""
+    config, data, model, bitc = setting(folders, 2)
+    model.eval()
+    long, n = make_batch(data, config, 6, domains=[1]), None
+    i = int(long.cond.mask.sum(1).argmin())
+    n = int(long.cond.mask[i].sum())
+    assert n < config.blocks
+    cut = lambda x, m: x[i:i + 1, :m]
+    c = long.cond
+    alone = Condition(cut(c.tokens, n * 16), cut(c.ref, n * 15), c.domain[i:i + 1], c.keep[i:i + 1])
+    v, v_k = model.ablate_each_layer(long.x0, long.t, c)
+    w, w_k = model.ablate_each_layer(cut(long.x0, n * 15), long.t[i:i + 1], alone)
+    assert torch.allclose(v[i, :n * 15], w[0], atol=1e-5) and not v[i, n * 15:].any()
+    assert torch.allclose(relative_change(v, v_k)[:, i], relative_change(w, w_k)[:, 0], rtol=1e-4, atol=1e-6)
+    T_x = pool_teacher(long.blocks[0], c.mask)
+    assert torch.allclose(T_x[i], pool_teacher(long.blocks[0][i:i + 1, :n])[0], atol=1e-5)
+    heads, frames = AlignmentHeads([2], 32, data[1].dim), spread(c.mask, long.x0.shape[1])
+    h = torch.randn(6, long.x0.shape[1], 32)
+    for target in (T_x, long.blocks[0]):
+        mine = target[i:i + 1] if target.dim() == 2 else target[i:i + 1, :n]
+        assert torch.allclose(agrepa_loss({2: h}, heads, target, {2: 1.0}, frames)[i],
+                              agrepa_loss({2: h[i:i + 1, :n * 15]}, heads, mine, {2: 1.0})[0], atol=1e-5)
+    assert torch.allclose(lasp({2: h}, bitc[1], T_x, frames)[0, i], bitc[1](h[i:i + 1, :n * 15], T_x[i:i + 1])[0], atol=1e-5)
+
+
+def test_dropped_tokens_do_not_matter_and_kept_ones_do(folders):
+    config, data, model, _ = setting(folders)
+    b = make_batch(data, config, 2, 3)
+    other = b.cond._replace(tokens=(b.cond.tokens + 1) % 8)
+    for keep in (True, False):
+        a, c = (model(b.x0, b.t, x._replace(keep=torch.full_like(x.keep, keep))) for x in (b.cond, other))
+        assert torch.equal(a, c) != keep
+
+
+# ---- sections 3 to 5, 7, 8: teacher, heads, selection, loss ------------------------------------------------------------
+
+def test_interleave_order():
+    assert interleave(torch.tensor([1, 2, 3]), torch.tensor([7, 8, 9])).tolist() == [1, 7, 2, 8, 3, 9]
+
+
+def test_selection():
+    layers, lam = select_layers([0.1, 0.4, 0.2, 0.4, 0.0], 3)
+    assert layers == [2, 4, 3] and np.allclose(lam, [0.4, 0.4, 0.2]) and np.isclose(sum(lam), 1)
+    assert select_layers([0.5] * 6, 3)[0] == [1, 2, 3]
+    assert select_layers([-0.3, -0.1, -0.2], 2, equal=True) == ([2, 3], [0.5, 0.5])
+    for bad, word in (([0.1, float("nan")], "finite"), ([0.1], "can't choose"), ([0.0, 0.0], "adaLN-Zero")):
+        with pytest.raises(ValueError, match=word):
+            select_layers(bad, 2)
+
+
+def test_alignment_loss_is_zero_where_the_heads_hit_the_teacher():
+    h, layers = torch.randn(3, 6, 8), [1, 3]
+    heads = AlignmentHeads(layers, 8, 8)
+    for k in layers:
+        heads[str(k)] = nn.Identity()
+    hidden = {1: h, 3: 2 * h}
+    lam = {1: 0.7, 3: 0.3}
+    assert agrepa_loss(hidden, heads, h.mean(1), lam).abs().max() < 1e-6
+    assert agrepa_loss(hidden, heads, h.unflatten(1, (2, 3)).mean(2), lam).abs().max() < 1e-6
+    assert torch.allclose(agrepa_loss(hidden, heads, -h.mean(1), lam), torch.tensor(2.0))
+    assert torch.allclose(agrepa_loss({1: h, 3: -h}, heads, h.mean(1), lam), torch.tensor(0.6), atol=1e-6)
+
+
+def test_gradient_of_the_alignment_reaches_what_eq_12_says(folders):
+    config, data, model, bitc = setting(folders)
+    chosen = [dict(layers=[2], weights=[1.0]), dict(layers=[3, 1], weights=[0.6, 0.4])]
+    heads = nn.ModuleList(AlignmentHeads(c["layers"], config.dim, d.dim) for c, d in zip(chosen, data))
+    batch = make_batch(data, config, 4, 2)
+    for x in batch.blocks:
+        x.requires_grad_()
+    losses(model, bitc, heads, chosen, batch, config)[2].backward()
+    moved = lambda m: [p.grad is not None and bool(p.grad.any()) for p in m.parameters()]
+    assert all(moved(heads)) and all(moved(model.layers[0])) and all(moved(model.layers[1])) and all(moved(model.layers[2]))
+    assert model.tokens.weight.grad.any() and model.x_in.weight.grad.any() and model.cond_in.weight.grad.any()
+    assert not any(moved(model.layers[3])) and not any(moved(model.v_out)) and not any(moved(bitc))
+    model.zero_grad()
+    losses(model, bitc, heads, [chosen[0], dict(layers=[], weights=[])], batch, config)[2].backward()  # domain 1 aligns layer 2 alone
+    assert all(moved(model.layers[1])) and not any(moved(model.layers[2]))
+
+
+def test_bitc_trains_the_tokens_and_skips_the_dropped(folders):
+    config, data, model, bitc = setting(folders)
+    batch = make_batch(data, config, 8, 1)
+    keep = batch.cond.keep
+    assert 0 < keep.sum() < len(keep) and torch.allclose(batch.kept.view(2, -1).sum(1), torch.ones(2))
+    _, bit, _ = losses(model, bitc, [], None, batch, config)
+    s = [bitc[d](model.embed(batch.cond)[o], pool_teacher(batch.blocks[d], batch.cond.mask[o]), spread(batch.cond.mask[o], 48))
+         for d, o in enumerate((slice(0, 8), slice(8, 16)))]
+    assert torch.allclose(bit, sum((1 - x[keep[o]]).mean() for x, o in zip(s, (slice(0, 8), slice(8, 16)))), atol=1e-6)
+    bit.backward()
+    assert model.tokens.weight.grad.any() and model.null.grad is None or not model.null.grad.any()
+
+
+def test_lasp_uses_the_shared_head_and_leaves_it_untouched():
+    head, h, T_x = BiTC(6, 4), torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 4)
+    before = copy.deepcopy(head.state_dict())
+    score = lasp({2: 3 * h + 1, 1: h}, head, T_x)
+    assert score.shape == (2, 2) and not score.requires_grad and all(p.grad is None for p in head.parameters())
+    z = h.mean(1)
+    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(score[0], nn.functional.cosine_similarity(z @ head.P.weight.T + head.P.bias, T_x), atol=1e-5)
+    assert torch.allclose(score[0], score[1], atol=1e-3)  # LayerNorm: neither scale nor offset counts
+    assert all(torch.equal(x, before[k]) for k, x in head.state_dict().items())
+
+
+def test_capture_takes_states_with_gradient_and_says_what_is_wrong():
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    with capture(net, [1, 3]) as hidden:
+        out = net(torch.randn(2, 4))
+    assert sorted(hidden) == [1, 3] and hidden[3] is out and hidden[1].requires_grad
+    assert not any(b._forward_hooks for b in net)
+    with pytest.raises(ValueError, match="block 2 never ran"):
+        with capture(net, [2]):
+            pass
+    from torch.utils.checkpoint import checkpoint
+    x = torch.randn(2, 4, requires_grad=True)
+    with capture(net, [2]) as hidden:
+        checkpoint(net, x, use_reentrant=False)
+    assert hidden[2].requires_grad
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        with capture(net, [2]):
+            checkpoint(net, x, use_reentrant=True)
+
+
+def test_hubert_bundle_end_to_end(audio, tmp_path, monkeypatch):
+    """The real checkpoint format, under the real file name, in a folder of ours; every layer above the chosen one is NaN."""
+    import torchaudio
+    torch.manual_seed(0)
+    net = torchaudio.models.hubert_base()
+    for layer in net.encoder.transformer.layers[4:]:
+        for p in layer.parameters():
+            p.data.fill_(float("nan"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(net.state_dict(), tmp_path / "hub" / "checkpoints" / "hubert_fairseq_base_ls960.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "in").mkdir()
+    for f in sorted((audio / "one" / "s0").iterdir()):
+        os.link(f, tmp_path / "in" / f.name)
+    config = tiny(teacher="HUBERT_BASE", teacher_layer=4, units=8)
+    data = BlockDataset(data_prep.prepare(tmp_path / "in", tmp_path / "out", config))
+    assert data.dim == 768 and data.meta["teacher"] == "HUBERT_BASE" and np.isfinite(data.teacher).all()
+    teacher = Teacher("HUBERT_BASE", 4)
+    for blocks in (1, 7):
+        assert teacher(torch.randn(2, 2560 * blocks)).shape == (2, 8 * blocks, 768)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    with pytest.raises(ValueError, match="--teacher-layer 13 but HUBERT_BASE has 12"):
+        Teacher("HUBERT_BASE", 13)
+
+
+def test_missing_checkpoint_is_explained(tmp_path, monkeypatch):
+    import urllib.error
+    def refuse(*a, **k):
+        raise urllib.error.URLError("no route to host")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", refuse), monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(ValueError) as error:
+        Teacher("HUBERT_BASE")
+    for word in ("hubert_fairseq_base_ls960.pth", "https://", str(tmp_path), "--teacher MFCC"):
+        assert word in str(error.value)
+
+
+def test_callable_teachers(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\nclass T(torch.nn.Module):\n    def forward(self, x):\n        return x.unfold(1, 320, 320)[..., :5]\n"
+                    "def load():\n    return T()\ndef late():\n    return lambda x: x[:, None]\ndef padded():\n    return lambda x: x.unfold(1, 400, 320)\n")
+    assert Teacher(f"{file}:load")(torch.randn(1, 5120)).shape == (1, 16, 5)
+    assert Teacher(f"{file}:padded")(torch.randn(1, 5120)).shape == (1, 16, 400)
+    for spec, word in ((f"{file}:late", "50 Hz"), (f"{file}:nothing", "nothing"), (f"{tmp_path}/no.py:load", "no.py"),
+                       ("no_such_package:load", "no_such_package"), ("HUBERT_BSE", "not MFCC")):
+        with pytest.raises(ValueError, match=word):
+            Teacher(spec)
+
+
+# ---- sections 10, 11: data and the loop --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rate", [16_000, 44_100, 16_001])
+def test_a_click_lands_in_its_frame_and_block(tmp_path, rate):
+    at = 5 * BLOCK + 7 * 256 / 24_000  # block 5, frame 7
+    for i in range(3):
+        x = np.random.default_rng(i).standard_normal(2 * rate) * 1e-4
+        x[round(at * rate)] = 0.9
+        (tmp_path / "in").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "in" / f"{i}.wav", x, rate, "FLOAT")
+    data = BlockDataset(data_prep.prepare(tmp_path / "in", tmp_path / "out", tiny(units=2)))
+    for u in range(3):
+        mel, _, teacher, real = data.clip(u, 0, 12)
+        assert real == 12 and mel.sum(1).argmax() == 5 * 15 + 7
+        assert (teacher + data.centre)[:, 0].argmax() == 5  # MFCC's first coefficient is loudness
+
+
+def test_teacher_rows_are_block_means_centred_and_exact_for_any_crop(folders, audio):
+    data = BlockDataset(folders[1][0])
+    rows = np.concatenate([data.clip(u, 0, data.offsets[u + 1] - data.offsets[u])[2] for u in range(data.train)])
+    assert np.abs(rows.mean(0)).max() < 2e-2 * np.abs(rows).std()  # the training utterances' mean is the centre
+    assert np.allclose(BlockDataset(folders[1][0], raw_teacher=True).clip(0, 0, 3)[2], data.teacher[:3], atol=1e-6)
+    teacher, lengths = Teacher("MFCC"), np.diff(data.offsets)
+    for file in sorted((audio / "one").rglob("*.flac"))[:6]:
+        wave, _ = data_prep.read(file)
+        feats = teacher(wave[None])[0] - torch.from_numpy(data.centre)
+        found = [u for u in np.flatnonzero(lengths * 8 == len(feats)) if np.allclose(
+            data.clip(u, 0, lengths[u])[2], feats.unflatten(0, (-1, 8)).mean(1), atol=0.03)]
+        assert found
+        clip = torch.from_numpy(data.clip(found[0], 1, 3)[2])[None]
+        assert torch.allclose(pool_teacher(clip)[0], feats[8:32].mean(0), atol=0.03)
+
+
+def test_draws_do_not_depend_on_the_processes(folders):
+    config, data, *_ = setting(folders)
+    whole = make_batch(data, config, 4, 7)
+    halves = [make_batch(data, config, 2, 7, rank, 2) for rank in range(2)]
+    for d in range(2):
+        for rank in range(2):
+            mine, all_ = slice(2 * d, 2 * d + 2), slice(4 * d + 2 * rank, 4 * d + 2 * rank + 2)
+            assert torch.equal(halves[rank].x0[mine], whole.x0[all_]) and torch.equal(halves[rank].x1[mine], whole.x1[all_])
+            assert torch.equal(halves[rank].cond.ref[mine], whole.cond.ref[all_]) and torch.equal(halves[rank].t[mine], whole.t[all_])
+            assert torch.allclose(halves[rank].kept[mine] / 2, whole.kept[all_])
+    assert not torch.equal(whole.x0, make_batch(data, config, 4, 8).x0)
+    held = make_batch(data, config, 4), make_batch(data, dataclasses.replace(config, seed=3), 4)
+    assert torch.equal(held[0].x0, held[1].x0) and torch.equal(held[0].cond.tokens, held[1].cond.tokens)
+
+
+def test_reference_prefix_and_dropping_rates(folders):
+    config, data, *_ = setting(folders, batch_size=2)
+    batches = [make_batch(data[:1], config, 16, s) for s in range(40)]
+    dropped = np.mean([(~b.cond.keep).float().mean() for b in batches])
+    length = torch.cat([b.cond.ref.abs().sum(2).gt(0).sum(1) / (90 if b.cond.mask is None else 15 * b.cond.mask.sum(1)) for b in batches])
+    assert 0.06 < dropped < 0.14 and length.max() <= 0.3 and 0.05 < (length == 0).float().mean() < 0.25 and length.std() > 0.05
+    b = batches[0]
+    prompt = b.cond.ref.abs().sum(2) > 0
+    assert torch.equal(b.cond.ref[prompt], b.x1[prompt]) and not (b.scored & prompt).any()
+
+
+def test_a_run_writes_its_folder(folders, tmp_path):
+    found = run(tiny(data=folders[2], codebooks=2), tmp_path / "run")
+    layers = json.loads((tmp_path / "run" / "layers.json").read_text())
+    assert layers == found and list(layers) == ["one", "two"]
+    log, probes = table(tmp_path / "run" / "log.csv"), table(tmp_path / "run" / "probe.csv")
+    assert list(log[0]) == "step phase loss fm bitc align val_fm lr frames_per_s seconds".split()
+    assert [r["step"] for r in log] == ["0", "4", "6", "8", "12"] and [r["phase"] for r in log] == ["1", "1", "1", "2", "2"]
+    assert log[1]["align"] == "" and float(log[-1]["align"]) > 0 and float(log[-1]["val_fm"]) < float(log[0]["val_fm"])
+    assert list(probes[0]) == "step domain layer t foga lasp gradnorm".split() and len(probes) == 3 * 2 * 4 * 6
+    for name, entry in layers.items():
+        late = [[float(r["foga"]) for r in probes if (r["domain"], r["t"], r["layer"]) == (name, "", str(k)) and int(r["step"]) > 3] for k in range(1, 5)]
+        assert np.allclose(np.mean(late, 1), entry["foga"], rtol=1e-4) and select_layers(entry["foga"], 2) == (entry["layers"], entry["weights"])
+        assert len(entry["lasp"]) == 4 and np.isclose(sum(entry["weights"]), 1)
+    assert {"config.json", "last.pt", "previous.pt"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["domains"][1]["centroids"].shape == (8, 39 + 100) and state["step"] == 12
+
+
+def test_strategies_differ_only_from_the_selection_on(folders, tmp_path):
+    runs = {}
+    for select in ("foga", "lasp", "gradnorm", "random", "none", "4,1"):
+        found = run(tiny(data=folders[1], select=select), tmp_path / select)
+        runs[select] = [e["layers"] for e in found.values()], [e["weights"] for e in found.values()], table(tmp_path / select / "log.csv")
+        assert (tmp_path / select / "probe.csv").read_text() == (tmp_path / "foga" / "probe.csv").read_text()
+        for key in ("loss", "val_fm"):
+            assert [r[key] for r in runs[select][2][:3]] == [r[key] for r in runs["foga"][2][:3]]
+    assert runs["none"][0] == [[], []] and runs["none"][2][-1]["align"] == "" and runs["4,1"][0] == [[4, 1]] * 2
+    assert runs["lasp"][1] == [[0.5, 0.5]] * 2 and runs["foga"][2][-1]["loss"] != runs["none"][2][-1]["loss"]
+
+
+def test_align_until_and_block_targets(folders, tmp_path):
+    run(tiny(data=folders[1], align_until=8, align_pool="block"), tmp_path / "run")
+    assert [r["align"] != "" for r in table(tmp_path / "run" / "log.csv")] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_resuming_equals_the_uninterrupted_run(folders, tmp_path, monkeypatch, stop):
+    config = tiny(data=folders[1], dropout=0.1, eval_every=3)
+    run(config, tmp_path / "whole")
+    real = agrepa.save
+
+    def save_and_stop(folder, state):
+        real(folder, state)
+        if state["step"] == stop:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(agrepa, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut")
+    with open(tmp_path / "cut" / "log.csv", "a") as f:
+        f.write("11,2,later than the checkpoint\n")
+    monkeypatch.setattr(agrepa, "save", real)
+    run(config, tmp_path / "cut", load_checkpoint(tmp_path / "cut" / "last.pt"))
+    a, b = (load_checkpoint(tmp_path / x / "last.pt") for x in ("whole", "cut"))
+    pairs = list(zip(tensors(a), tensors(b), strict=True))
+    assert len(pairs) > 200 and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in pairs)
+    a, b = (table(tmp_path / x / "log.csv") for x in ("whole", "cut"))
+    assert [[r[k] for k in list(r)[:8]] for r in a] == [[r[k] for k in list(r)[:8]] for r in b]
+    assert (tmp_path / "whole" / "probe.csv").read_text() == (tmp_path / "cut" / "probe.csv").read_text()
+
+
+def test_a_step_that_is_not_finite_changes_nothing(folders, tmp_path, monkeypatch):
+    real, calls = agrepa.losses, []
+
+    def sometimes(*a):
+        calls.append(1)
+        fm, bit, align = real(*a)
+        return (fm * float("nan") if len(calls) > 9 else fm), bit, align
+    monkeypatch.setattr(agrepa, "losses", sometimes)
+    run(tiny(data=folders[1], steps=10, save_every=9, eval_every=5), tmp_path / "run")
+    a, b = (load_checkpoint(tmp_path / "run" / f"{x}.pt") for x in ("previous", "last"))
+    assert a["step"] == 9 and b["step"] == 10
+    for part in ("model", "heads", "opt"):
+        assert all(torch.equal(x, y) for (_, x), (_, y) in zip(tensors(a[part]), tensors(b[part]), strict=True))
+    calls.extend([1] * 9)
+    with pytest.raises(ValueError, match="lower --lr"):
+        run(tiny(data=folders[1], steps=10), tmp_path / "other")
+
+
+def cli(*args, processes=1, **kw):
+    head = [sys.executable] + (["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29517"] if processes > 1 else [])
+    return subprocess.run([*head, str(HERE / "agrepa.py"), *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
+
+
+def flags(config):
+    skip = {"out", "resume", "compile", "raw_teacher", "units_teacher"}
+    return [x for k, v in dataclasses.asdict(config).items() if k not in skip for x in ["--" + k.replace("_", "-"), *(v if k == "data" else [v])]]
+
+
+def test_two_processes_are_one_with_twice_the_batch(folders, tmp_path):
+    config = tiny(data=folders[1], steps=8)
+    one = cli(*flags(dataclasses.replace(config, batch_size=8)), "--out", "one", cwd=tmp_path)
+    two = cli(*flags(config), "--out", "two", processes=2, cwd=tmp_path)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = (json.loads((tmp_path / x / "layers.json").read_text()) for x in ("one", "two"))
+    assert [e["layers"] for e in a.values()] == [e["layers"] for e in b.values()]
+    a, b = (table(tmp_path / x / "log.csv") for x in ("one", "two"))
+    assert np.allclose([float(r["val_fm"]) for r in a], [float(r["val_fm"]) for r in b], rtol=1e-4)
+    raw = cli("--data", tmp_path, "--out", "three", processes=2, cwd=tmp_path)
+    assert raw.returncode != 0 and "python data_prep.py" in raw.stderr and 'agrepa.py", line' not in raw.stderr
+
+
+def refused(capsys, monkeypatch, *argv, program=agrepa):
+    """What the program says as it leaves with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+def test_bad_input_is_met_at_the_door(folders, audio, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    say = lambda *argv: refused(capsys, monkeypatch, *argv)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text" / "a").mkdir(parents=True)
+    (tmp_path / "text" / "a" / "song.wav").write_text("la la la")
+    assert "no such folder" in say("--data", "nowhere")
+    assert "no usable audio" in say("--data", "empty", "--teacher", "MFCC")
+    assert "song.wav" in say("--data", "text", "--teacher", "MFCC")
+    here = folders[1][0]
+    assert say("--data", here, "--top-k", 20).endswith("--top-k 20 but the model has 12 layers")
+    for argv, word in ((("--dim", 100), "--heads"), (("--select", "4,40"), "from 1 to 12"), (("--select", "best"), "foga"),
+                       (("--seconds", 0.01), "one block"), (("--batch-size", 0), "above 0"), (("--probe-steps", 100, "--steps", 50), "before --steps"),
+                       (("--teacher", "WHISPER"), "prepared with MFCC"), (("--device", "abacus"), "--device abacus"), (("--layers", "many"), "invalid int"),
+                       (("--data", here, here, here, "--batch-size", 16), "multiple of the 3 domains")):
+        assert word in say("--data", here, *argv), argv
+    assert "not MFCC" in say("--data", audio / "two", "--teacher", "WHISPER")
+    assert "inside the audio folder" in say("--data", audio / "two", "--teacher", "MFCC", "--cache", audio / "two" / "x")
+    assert not list(tmp_path.glob("runs/*")) and "--resume" in say("--resume", "--out", "nowhere")
+    config = tiny(data=(here,), steps=8)
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, flags(config)), "--out", "run"])
+    agrepa.main()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert "another --out" in say("--data", here, "--out", "run")
+    assert "--dim 32, not 64" in say("--out", "run", "--resume", "--dim", 64)
+    assert "--data" in say("--out", "run", "--resume", "--data", folders[1][1])
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    (tmp_path / "run" / "last.pt").write_bytes(before[tmp_path / "run" / "last.pt"][:5000])
+    assert "last.pt: not a whole checkpoint" in say("--out", "run", "--resume")
+
+
+def test_unusable_files_are_skipped_and_listed(tmp_path, audio):
+    (tmp_path / "in").mkdir()
+    for f in (audio / "one").rglob("*.flac"):
+        (tmp_path / "in" / f.name).write_bytes(f.read_bytes())
+    source = tone(tmp_path / "in" / "whole.flac", 30)
+    (tmp_path / "in" / "cut.flac").write_bytes(source.read_bytes()[:200_000])
+    x = np.zeros(24_000, np.float32)
+    x[500] = np.nan
+    soundfile.write(tmp_path / "in" / "nan.wav", x, 24_000, "FLOAT")
+    soundfile.write(tmp_path / "in" / "silent.wav", np.zeros(24_000), 24_000)
+    soundfile.write(tmp_path / "in" / "short.wav", np.ones(2000), 24_000)
+    (tmp_path / "in" / "text.wav").write_text("not audio")
+    tone(tmp_path / "in" / "tiny.ogg", 0.17, 48_000), tone(tmp_path / "in" / "some.mp3", 3, 44_100, 2)
+    listing = sorted(p.name for p in (tmp_path / "in").iterdir())
+    meta = BlockDataset(data_prep.prepare(tmp_path / "in", tmp_path / "out", tiny())).meta
+    reasons = {s["path"]: s["reason"] for s in meta["skipped"]}
+    assert set(reasons) >= {"nan.wav", "silent.wav", "short.wav", "text.wav", "cut.flac"} and len(set(reasons)) == 5
+    assert "NaN" in reasons["nan.wav"] and "silent" in reasons["silent.wav"] and "read" in reasons["text.wav"]
+    assert meta["utterances"] == 14 + 2 + 1 + 1 and sorted(p.name for p in (tmp_path / "in").iterdir()) == listing
+
+
+def test_held_out_share_and_folders():
+    sizes = {f"{f}/{i}.wav": 100 + i for f in ("a", "b", "c") for i in range(40)}
+    held = data_prep.hold_out(sizes)
+    share = sum(sizes[p] for p in held) / sum(sizes.values())
+    assert 0.02 <= share <= 0.1 and {p[0] for p in held} == set("abc") and held == data_prep.hold_out(dict(reversed(sizes.items())))
+    assert data_prep.hold_out({"train-clean/1.wav": 9, "dev-clean/2.wav": 9, "test-other/3.wav": 9}) == {"dev-clean/2.wav", "test-other/3.wav"}
+
+
+def test_interrupted_preparation_goes_on(tmp_path, audio, monkeypatch):
+    config = tiny(units=2)  # the sample for k-means is a part of the whole
+    whole = data_prep.prepare(audio / "one", tmp_path / "whole", config)
+    monkeypatch.setattr(data_prep, "BATCH", 20), monkeypatch.setattr(data_prep, "SAVE_SECONDS", 0)
+    expected = data_prep.prepare(audio / "one", tmp_path / "expected", config)
+    real, calls = data_prep.assign, []
+
+    def fails(*a):
+        calls.append(1)
+        if len(calls) > 25:
+            raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(data_prep, "assign", fails)
+    with pytest.raises(KeyboardInterrupt):
+        data_prep.prepare(audio / "one", tmp_path / "out", config)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "progress.json").exists()
+    assert 0 < json.loads((tmp_path / "out.partial" / "progress.json").read_text())["batch"]
+    monkeypatch.setattr(data_prep, "assign", real)
+    data_prep.prepare(audio / "one", tmp_path / "out", config)
+    for name in ("mel", "tokens", "teacher", "units", "offsets"):
+        assert (tmp_path / "out" / f"{name}.npy").read_bytes() == (tmp_path / "expected" / f"{name}.npy").read_bytes()
+    assert json.loads((tmp_path / "out" / "meta.json").read_text()) == json.loads((tmp_path / "expected" / "meta.json").read_text())
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        data_prep.prepare(audio / "one", tmp_path / "out", config)
+
+
+def test_long_files_are_cut_and_stay_in_step(tmp_path):
+    for i in range(3):
+        tone(tmp_path / "in" / f"{i}.wav", 60, 16_000, seed=i)
+    data = BlockDataset(data_prep.prepare(tmp_path / "in", tmp_path / "out", tiny()))
+    lengths = np.diff(data.offsets)
+    assert lengths.max() == data_prep.WINDOW and lengths.sum() == 3 * 375 and len(lengths) == 9
+    second = data_prep.read(tmp_path / "in" / "0.wav", data_prep.WINDOW, 5)[1]
+    whole, _ = soundfile.read(tmp_path / "in" / "0.wav")
+    assert np.corrcoef(data_prep.resample(torch.from_numpy(whole[data_prep.WINDOW * 2560:][:5 * 2560]), 16_000, 24_000)[100:-100], second[100:-100])[0, 1] > 0.999
+
+
+def test_toy_corpus_is_the_same_each_time(tmp_path):
+    assert [Path(p).name for p in data_prep.toy(tmp_path / "a")] == ["toy-speech", "toy-sounds"]
+    sound = data_prep.speak(np.random.default_rng(3), 120, 1.0, 2.0), data_prep.strike(np.random.default_rng(3), 2.0)
+    assert all(np.isfinite(x).all() and 0.1 < np.abs(x).max() for x in sound)
+    files = sorted((tmp_path / "a").rglob("*.wav"))
+    assert len(files) == 232 and 0.68 < np.abs(soundfile.read(files[0])[0]).max() < 0.71
