@@ -1,15 +1,16 @@
 """AG-REPA: Causal Layer Selection for Representation Alignment in Audio Flow Matching (ICML 2026, arXiv 2603.01006).
 
-    python agrepa.py                                           # toy corpus: the whole method in three minutes on a CPU
+    python agrepa.py                                           # toy corpus: the whole method in minutes on a CPU
     python agrepa.py --data ./LibriTTS --steps 100000          # prepare the data, probe, select, align
-    torchrun --nproc_per_node=8 agrepa.py --data PREPARED      # the same on eight GPUs, the data prepared before
+    torchrun --nproc_per_node=8 agrepa.py --data ./LibriTTS    # the same on eight GPUs, the data prepared before
 
- 1 flow matching    Eqs. 1, 2    flow_path, flow_matching_loss     7 selection       Eqs. 10, 11   select_layers
- 2 velocity model   Eqs. 7, 15   VelocityModel                     8 alignment       Eq. 12        AlignmentHeads, agrepa_loss
- 3 teacher          T(x)         Teacher                           9 sampling        App. A        sample, mel_to_wave
- 4 BiT-C            Eqs. 3 to 5  BiTC                             10 data                          BlockDataset
- 5 LASP, store      Eq. 6        lasp                             11 training loop   App. A.5      train
- 6 FoG-A, contribute  Eqs. 8, 9  fog_a                            12 metrics, figures              evaluate, figures
+ 1 flow matching      Eqs. 1, 2    flow_path, flow_matching_loss    8 alignment        Eq. 12    capture, AlignmentHeads, agrepa_loss
+ 2 velocity model     Eqs. 7, 15   VelocityModel                    9 sampling         App. A    sample, mel_to_wave
+ 3 teacher            T(x)         Teacher                         10 data                       BlockDataset
+ 4 BiT-C              Eqs. 3 to 5  BiTC                            11 training loop    App. A.5  train
+ 5 LASP, store        Eq. 6        lasp                            12 metrics, figures           evaluate, figures
+ 6 FoG-A, contribute  Eqs. 8, 9    fog_a                           13 command line               main
+ 7 selection          Eqs. 10, 11  select_layers
 
 Shapes: B clips, T mel frames, N tokens, M mel bins, D width, L layers (counted from 1), dim the teacher's width.
 Time comes in blocks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames and 8 tokens a codebook at 50 Hz.
@@ -25,13 +26,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-N_MELS, FRAMES, TEACHER_FRAMES, RATE, TEACHER_RATE, HOP = 100, 15, 8, 24_000, 16_000, 256  # a block: 3840, 2560 samples
-BLOCK = FRAMES * HOP / RATE  # 0.16 s
-
+RATE, HOP, N_MELS, TEACHER_RATE = 24_000, 256, 100, 16_000  # Vocos 24 kHz mel format; HuBERT's rate
+FRAMES, TEACHER_FRAMES, BLOCK = 15, 8, 0.16  # mel frames, teacher frames and seconds of a block
+STRATEGIES = "foga", "lasp", "gradnorm", "random", "none"
 
 def arg(default, text, **kw):
     return dataclasses.field(default=default, metadata=dict(help=text, **kw))
-
 
 @dataclasses.dataclass
 class Config:
@@ -40,20 +40,20 @@ class Config:
     out: str = arg("", "run folder (default: runs/<data>-<number>)", metavar="DIR")
     steps: int = arg(100_000, "training steps, both phases together")
     batch_size: int = arg(16, "clips a step in each process, shared equally by the domains")
-    seconds: float = arg(4.8, "length of a clip; a whole number of 0.16 s blocks")
+    seconds: float = arg(4.8, "length of a clip, rounded to blocks of 0.16 s")
     layers: int = arg(12, "layers of the velocity model (paper: 24)")
     dim: int = arg(512, "its width (paper: 1024)")
     heads: int = arg(8, "its attention heads (paper: 16)")
-    dropout: float = arg(0.0, "dropout in the layers (paper: 0.2); its masks depend on the number of processes")
+    dropout: float = arg(0.0, "in the layers (paper: 0.2); its masks differ between processes")
     lr: float = arg(1e-4, "peak learning rate; warm-up over a third of phase I, then cosine to zero")
-    seed: int = arg(0, "seed of initialisation, crops, noise and times")
+    seed: int = arg(0, "of initialisation, crops, noise and times")
     teacher: str = arg("HUBERT_BASE", "torchaudio bundle, MFCC, or FILE.py:FUNCTION or MODULE:FUNCTION")
-    teacher_layer: int = arg(9, "which layer of a bundle to take; those above are never computed")
-    raw_teacher: bool = arg(False, "do not take the corpus mean off the teacher's features (the authors' release)")
+    teacher_layer: int = arg(9, "which layer of a bundle; those above are never computed")
+    raw_teacher: bool = arg(False, "don't take the corpus mean off the teacher's features")
     units_teacher: str = arg("", "teacher whose k-means units are the tokens (default: the same)")
-    codebooks: int = arg(1, "1: one token stream; 2: dense acoustic tokens interleaved with it (Eq. 15)", choices=(1, 2))
+    codebooks: int = arg(1, "2: dense acoustic tokens interleaved with the teacher's units (Eq. 15)", choices=(1, 2))
     units: int = arg(1024, "k-means units a codebook (paper: 4096)")
-    probe_steps: int = arg(0, "steps of phase I (default: 5,000, or 15 %% of the run where that is less)")
+    probe_steps: int = arg(0, "steps of phase I (default: 5000, or 15 %% of the run where that is less)")
     probe_every: int = arg(0, "steps between probes (default: 200, or a tenth of phase I)")
     top_k: int = arg(3, "layers to align")
     select: str = arg("foga", "foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
@@ -62,45 +62,43 @@ class Config:
     align_pool: str = arg("clip", "clip: one target a clip (paper); block: one each 0.16 s", choices=("clip", "block"))
     align_until: int = arg(0, "stop aligning at this step (default: never)")
     bit_weight: float = arg(0.5, "lambda_BiT of Eq. 12")
-    device: str = arg("auto", "cuda, mps, cpu; auto takes the first there is")
+    device: str = arg("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = arg("auto", "auto: bfloat16 autocast where the hardware has it", choices=("auto", "bfloat16", "float32"))
     compile: bool = arg(False, "torch.compile the layers")
     eval_every: int = arg(200, "steps between log lines, each with the held-out loss")
     save_every: int = arg(1000, "steps between checkpoints")
     resume: bool = arg(False, "go on with the run in --out")
-    cache: str = arg("prepared", "where audio folders are prepared", metavar="DIR")
+    cache: str = arg("prepared", "where folders of audio are prepared", metavar="DIR")
 
     @property
     def blocks(self):
         return round(self.seconds / BLOCK)
 
+    @property
+    def phase1(self):
+        return self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
+
     def check(self):
         """Raises ValueError, with the value and what to do, for settings that can't be run."""
-        for name in "steps batch_size layers dim heads teacher_layer units top_k eval_every save_every lr".split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
-        for name in "seed probe_steps probe_every align_weight align_until bit_weight dropout".split():
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
-        named = self.select.split(",") if self.select[:1].isdigit() else []
-        if not named and self.select not in ("foga", "lasp", "gradnorm", "random", "none"):
-            raise ValueError(f"--select {self.select}: foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
-        if not all(k.isdigit() and 1 <= int(k) <= self.layers for k in named) or len(set(named)) < len(named):
-            raise ValueError(f"--select {self.select}: different layers from 1 to {self.layers}, such as 4,8,12")
-        if self.top_k > self.layers:
-            raise ValueError(f"--top-k {self.top_k} but the model has {self.layers} layers")
-        if self.dim % (2 * self.heads):
-            raise ValueError(f"--dim {self.dim}: must be a multiple of 2 x --heads {self.heads}, rotary positions pair channels")
-        if self.dropout >= 1 or self.blocks < 1:
-            raise ValueError("--dropout must be below 1" if self.blocks else f"--seconds {self.seconds}: below one block, 0.16 s")
-        if not 0 < self.warmup < self.steps:
-            raise ValueError(f"--probe-steps {self.probe_steps}: must end before --steps {self.steps}; phase II needs some")
-        if len(self.data) and self.batch_size % len(self.data):
-            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of the {len(self.data)} domains")
-
-    @property
-    def warmup(self):
-        return self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
+        for least, names in ((1, "steps batch_size layers dim heads teacher_layer units top_k eval_every save_every"), (1e-12, "lr"),
+                             (0, "seed probe_steps probe_every align_weight align_until bit_weight dropout")):
+            for name in names.split():
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {'above 0' if least else '0 or more'}")
+        listed = self.select.split(",") if self.select[:1].isdigit() else []
+        fits = len(set(listed)) == len(listed) and all(k.isdigit() and 1 <= int(k) <= self.layers for k in listed)
+        for wrong, why in (
+                (not fits or not listed and self.select not in STRATEGIES,
+                 f"--select {self.select}: {', '.join(STRATEGIES)}, or different layers from 1 to {self.layers}, such as 4,8,12"),
+                (self.top_k > self.layers, f"--top-k {self.top_k} but the model has {self.layers} layers"),
+                (self.dim % (2 * self.heads), f"--dim {self.dim}: must be a multiple of 2 x --heads {self.heads}, for rotary positions"),
+                (self.dropout >= 1, f"--dropout {self.dropout}: must be below 1"),
+                (self.units > 65536, f"--units {self.units}: at most 65536"),
+                (self.blocks < 1, f"--seconds {self.seconds}: below one block, 0.16 s"),
+                (self.phase1 >= self.steps, f"--probe-steps {self.phase1}: must end before --steps {self.steps}; phase II needs some"),
+                (self.batch_size % max(1, len(self.data)), f"--batch-size {self.batch_size}: must be a multiple of the {len(self.data)} domains")):
+            if wrong:
+                raise ValueError(why)
 
 
 # ---- 1. Flow matching (Eqs. 1, 2) ------------------------------------------------------------------------------------
@@ -111,7 +109,6 @@ def flow_path(x0, x1, t):
     t = t.view(-1, 1, 1)
     return (1 - t) * x0 + t * x1, x1 - x0
 
-
 def flow_matching_loss(v, u, mask=None):
     """Eq. 2, a clip: v, u [B, T, M] -> [B], the mean over bins and over the frames where mask [B, T] is true."""
     error = (v.float() - u).square().mean(-1)  # [B, T]
@@ -119,7 +116,7 @@ def flow_matching_loss(v, u, mask=None):
 
 
 # ---- 2. Velocity model (Eqs. 7, 15) ----------------------------------------------------------------------------------
-# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c); the gates m_l are 1 in training, and closing one is
+# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c); the gates m_l are 1 in training, and closing one means
 # handing on h_{l-1}, so no gate is written down. Conditioning c enters once, in h_0: tokens and a reference mel.
 
 class Condition(NamedTuple):
@@ -129,22 +126,18 @@ class Condition(NamedTuple):
     keep: torch.Tensor  # [B] false where the tokens are dropped
     mask: Optional[torch.Tensor] = None  # [B, T / 15] true where a block is real; None: everywhere
 
-
 def interleave(*codebooks):
     """Eq. 15: s = [t1, b1, t2, b2, ...]. Token streams [..., n] of equal length -> [..., n x codebooks]."""
     return torch.stack(codebooks, -1).flatten(-2)
-
 
 def spread(mask, n):
     """Block mask [B, blocks] -> [B, n], n a multiple of the blocks; None stays None."""
     return None if mask is None else mask.repeat_interleave(n // mask.shape[1], 1)
 
-
 def rotate(x, cos, sin):
     """Rotary positions (RoFormer): x [B, heads, T, d] turned by angles [T, d / 2]."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
 
 class Layer(nn.Module):
     def __init__(self, dim, heads, dropout):
@@ -153,7 +146,7 @@ class Layer(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.modulation = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # adaLN-Zero: starts as identity
+        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # adaLN-Zero: starts as the identity
 
     def forward(self, h, t, rope, mask=None):
         """Eq. 7. h [B, T, D], t [B, D], rope two [T, d / 2], mask [B, 1, 1, T] -> h_l [B, T, D]."""
@@ -166,9 +159,8 @@ class Layer(nn.Module):
         x = F.layer_norm(h, h.shape[-1:]) * (1 + scale2) + shift2
         return h + gate2 * self.drop(self.down(self.drop(F.gelu(self.up(x), approximate="tanh"))))
 
-
 class VelocityModel(nn.Module):
-    """v_theta(x_t, t, c). vocab: the number of token ids (units x codebooks) of each domain."""
+    """v_theta(x_t, t, c). vocab: how many token ids (units x codebooks) each domain has."""
 
     def __init__(self, layers=12, dim=512, heads=8, dropout=0.0, vocab=(1024,), n_mels=N_MELS):
         super().__init__()
@@ -188,20 +180,18 @@ class VelocityModel(nn.Module):
         return torch.where(cond.keep[:, None, None], e, self.null)
 
     def condition(self, cond, e):
-        """e [B, N, D] interpolated to mel frames, beside the reference mel, projected: [B, T, D]."""
+        """e [B, N, D] interpolated to mel frames, beside the reference mel, projected: c [B, T, D]."""
         e = F.interpolate(e.transpose(1, 2), cond.ref.shape[1], mode="linear").transpose(1, 2)
         return self.cond_in(torch.cat([e, cond.ref], -1))
 
     def enter(self, x_t, t, cond, c=None):
-        """h_0 and what every layer is given beside it. Concatenating x_t with c and projecting is a sum of projections."""
+        """h_0, and what each layer is given beside it. To concatenate x_t and c, then project, is a sum of projections."""
         h = self.x_in(x_t) + (self.condition(cond, self.embed(cond)) if c is None else c)
-        freq = 1e4 ** -torch.linspace(0, 1, 128, device=t.device)
-        angle = 1000 * t[:, None] * freq
+        angle = 1000 * t[:, None] * 1e4 ** -torch.linspace(0, 1, 128, device=t.device)
         t_emb = self.time(torch.cat([angle.cos(), angle.sin()], -1))
         d = h.shape[-1] // self.layers[0].heads
         angle = torch.arange(h.shape[1], device=t.device)[:, None] * 1e4 ** -(torch.arange(0, d, 2, device=t.device) / d)
-        mask = spread(cond.mask, h.shape[1])
-        return h, t_emb, (angle.cos(), angle.sin()), None if mask is None else mask[:, None, None]
+        return h, t_emb, (angle.cos(), angle.sin()), None if cond.mask is None else spread(cond.mask, h.shape[1])[:, None, None]
 
     def leave(self, h, t_emb, mask):
         """Velocity [B, T, M], zero on padding: so no norm of it counts any."""
@@ -221,7 +211,7 @@ class VelocityModel(nn.Module):
         """Eq. 8 for every k in one pass: v [B, T, M] and v^{\\k} [L, B, T, M], in eval mode, without gradient.
 
         Layers below a closed gate are shared: a stack of hidden states goes up, row 0 intact; at each layer a row
-        that skips it joins. L (L + 1) / 2 layer evaluations in place of L^2. fog_a is the same, gate by gate."""
+        that skips it joins. L (L + 1) / 2 layer evaluations in place of L^2. fog_a does the same gate by gate."""
         training, B = self.training, len(x_t)
         self.eval()
         try:
@@ -237,39 +227,37 @@ class VelocityModel(nn.Module):
 
 
 # ---- 3. Teacher, T(x) ------------------------------------------------------------------------------------------------
-# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in preparation. Its features are
-# averaged over blocks; a clip's T(x) is the mean of its blocks, less the corpus mean: without that every clip's
-# target is nearly the same vector.
+# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in preparation. Features are averaged
+# over blocks; a clip's T(x) is the mean of its blocks, less the corpus mean: else every clip has nearly one target.
 
 class Teacher(nn.Module):
     """Waveform [B, n x 2560] at 16 kHz -> features [B, n x 8, dim]. Raises ValueError if it can't be had or won't fit."""
 
     def __init__(self, spec="HUBERT_BASE", layer=9):
         super().__init__()
-        import torchaudio  # here: --help and training don't wait for it
+        import torchaudio  # here: neither --help nor training waits for it
         bundle = getattr(torchaudio.pipelines, spec, None) if spec.isupper() else None
-        if spec == "MFCC":  # HuBERT's own first-iteration target: 13 coefficients, their deltas and the deltas' deltas
-            mfcc = torchaudio.transforms.MFCC(TEACHER_RATE, 13, log_mels=True, melkwargs=dict(
-                n_fft=400, hop_length=320, n_mels=26, center=False))
-            delta = torchaudio.functional.compute_deltas
+        if spec == "MFCC":  # HuBERT's own first target: 13 coefficients, their deltas, and the deltas' deltas
+            mfcc, delta = torchaudio.transforms.MFCC, torchaudio.functional.compute_deltas
+            self.net = mfcc(TEACHER_RATE, 13, log_mels=True, melkwargs=dict(n_fft=400, hop_length=320, n_mels=26, center=False))
             stack = lambda x: torch.cat([x, delta(x), delta(delta(x))], 1).transpose(1, 2)
-            self.net, self.features = mfcc, lambda wave: stack(mfcc(wave))
+            self.features = lambda wave: stack(self.net(wave))
         elif hasattr(bundle, "get_model"):
             self.net = self.from_bundle(spec, bundle, layer)
             self.features = lambda wave: self.net.extract_features(wave, num_layers=layer)[0][-1]
         elif ":" in spec:
-            self.net = self.features = self.from_callable(spec)
+            self.net = self.features = self.from_callable(*spec.rsplit(":", 1))
         else:
             raise ValueError(f"--teacher {spec}: not MFCC, not a speech model of torchaudio.pipelines (HUBERT_BASE, "
                              "WAVLM_LARGE, ...), and not FILE.py:FUNCTION or MODULE:FUNCTION")
         self.eval().requires_grad_(False)
-        for self.pad in (0, 80):  # HuBERT's receptive field of 400 samples eats a frame; 80 zeros give it back
+        for self.pad in (0, 80):  # HuBERT's receptive field of 400 samples costs a frame; 80 zeros give it back
             found = self.features(torch.zeros(1, 2 * 2560 + self.pad))
             if found.dim() == 3 and found.shape[1] == 2 * TEACHER_FRAMES:
                 break
         else:
             raise ValueError(f"--teacher {spec}: 0.32 s at 16 kHz gave {list(found.shape)}, need [1, 16, dim]: 50 Hz")
-        self.spec, self.layer, self.dim = spec, layer, found.shape[2]
+        self.dim = found.shape[2]
 
     def from_bundle(self, spec, bundle, layer):
         if layer > bundle._params["encoder_num_layers"]:
@@ -277,37 +265,33 @@ class Teacher(nn.Module):
         try:
             return bundle.get_model()
         except OSError as error:  # no network
-            folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-            raise ValueError(f"--teacher {spec}: its checkpoint {bundle._path} could not be fetched ({error}). Put "
-                             f"https://download.pytorch.org/torchaudio/models/{bundle._path} into {folder}, "
+            raise ValueError(f"--teacher {spec}: its checkpoint {bundle._path} could not be fetched ({error}). Put https://"
+                             f"download.pytorch.org/torchaudio/models/{bundle._path} into {torch.hub.get_dir()}/checkpoints, "
                              "or take --teacher MFCC, which needs no download") from None
 
-    def from_callable(self, spec):
-        name, function = spec.rsplit(":", 1)
+    def from_callable(self, name, function):
         try:
-            if name.endswith(".py"):
-                found = importlib.util.spec_from_file_location(Path(name).stem, name)
-                module = importlib.util.module_from_spec(found)
-                found.loader.exec_module(module)
-            else:
-                module = importlib.import_module(name)
+            if not name.endswith(".py"):
+                return getattr(importlib.import_module(name), function)()
+            found = importlib.util.spec_from_file_location(Path(name).stem, name)
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
             return getattr(module, function)()
         except (OSError, ImportError, AttributeError) as error:
-            raise ValueError(f"--teacher {spec}: {error}") from None
+            raise ValueError(f"--teacher {name}:{function}: {error}") from None
 
     @torch.no_grad()
     def forward(self, wave):
         return self.features(F.pad(wave, (0, self.pad)))
 
-
 def pool_teacher(blocks, mask=None):
-    """T(x): centred features [B, n, dim], a row a block -> [B, dim]; exact for any run of blocks, all being equal long."""
+    """T(x): centred features [B, n, dim], a row a block -> [B, dim], the mean over real blocks; exact for any crop."""
     return blocks.mean(1) if mask is None else (blocks * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 # ---- 4. BiT-C (Eqs. 3 to 5) ------------------------------------------------------------------------------------------
 # Ties the token interface to the teacher: one linear head P_d on the pooled embedded tokens. It trains the tokens to
-# carry what the teacher knows, and gives LASP a head that was never fitted to any layer.
+# carry what the teacher knows, and gives LASP a head that was never fitted to a layer.
 
 class BiTC(nn.Module):
     def __init__(self, dim, teacher_dim):
@@ -316,21 +300,18 @@ class BiTC(nn.Module):
 
     def forward(self, e, T_x, mask=None):
         """Eqs. 3, 4: e [B, N, D], T_x [B, dim], mask [B, N] -> s = cos(P z, T(x)) [B]."""
-        if mask is None:
-            z = e.float().mean(1)
-        else:
-            z = (e.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        w = torch.ones_like(e[..., :1]) if mask is None else mask[..., None]
+        z = (e * w).float().sum(1) / w.sum(1).clamp(min=1)
         z = F.layer_norm(z, z.shape[-1:])  # no gain, no bias: P follows
         return F.cosine_similarity(self.P(z).float(), T_x, dim=-1)
 
-
 def bitc_loss(s, kept):
-    """Eq. 5 for one domain: s [B]; kept [B] weighs the clips that kept their tokens, 0 for the others, sum 1 -> scalar."""
+    """Eq. 5, one domain: s [B]; kept [B] weighs the clips that kept their tokens, 0 the others, sum 1 -> scalar."""
     return (kept * (1 - s)).sum()
 
 
 # ---- 5. LASP: what a layer stores (Eq. 6) ----------------------------------------------------------------------------
-# The score of BiT-C, with a layer's hidden state where the tokens were: the same head, frozen, for all layers.
+# BiT-C's score with a layer's hidden state where the tokens were: the same head, frozen, for all layers.
 
 @torch.no_grad()
 def lasp(hidden, bitc, T_x, mask=None):
@@ -340,27 +321,24 @@ def lasp(hidden, bitc, T_x, mask=None):
 
 # ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ------------------------------------------------------------------
 # Close one layer's gate in a forward pass and see how far the velocity moves. Works on any residual network: paste
-# this section into your model. No gradient, eval mode, the same random numbers in every pass.
+# this section into your model's code. No gradient, eval mode, the same random numbers in every pass.
 
 def relative_change(v, v_k, eps=1e-8):
     """Eq. 9, a sample: ||v^{\\k} - v|| / (||v|| + eps). v [B, ...], v_k [L, B, ...] -> [L, B]. Norms in float32."""
     v, v_k = v.float(), v_k.float()
     return (v_k - v).flatten(2).norm(dim=2) / (v.flatten(1).norm(dim=1) + eps)
 
-
 def hand_on(k, output, args, kwargs, hidden):
-    """What block k returns with its gate closed: for each output tensor the block's own input."""
+    """What block k returns with its gate closed: for each output tensor, the block's own input."""
     inputs = {name: x for name, x in [*enumerate(args), *kwargs.items()] if torch.is_tensor(x)}
     outputs = output if isinstance(output, (tuple, list)) else (output,)
-    if hidden is None:
-        names = [x if not torch.is_tensor(x) else [n for n, i in inputs.items() if i.shape == x.shape] for x in outputs]
-        if any(isinstance(n, list) and len(n) != 1 for n in names):
-            shapes = {n: list(i.shape) for n, i in inputs.items()}
-            raise ValueError(f"fog_a: can't tell block {k}'s hidden state: outputs {[list(getattr(x, 'shape', ())) for x in outputs]}, "
-                             f"inputs {shapes}; name it, as hidden=0 or hidden='x', or one name an output (None: leave it)")
-        names = [n[0] if isinstance(n, list) else None for n in names]
-    else:
-        names = hidden if isinstance(hidden, (tuple, list)) else (hidden,) * len(outputs)
+    names = hidden if isinstance(hidden, (tuple, list)) else [hidden] * len(outputs)
+    if hidden is None:  # the only input of the output's shape
+        fits = [[n for n, i in inputs.items() if torch.is_tensor(x) and i.shape == x.shape] for x in outputs]
+        names = [f[0] if len(f) == 1 else None for f in fits]
+        if any(torch.is_tensor(x) and n is None for x, n in zip(outputs, names)):
+            raise ValueError(f"fog_a: can't tell block {k}'s hidden state: it returns {[list(getattr(x, 'shape', ())) for x in outputs]} from "
+                             f"{ {n: list(i.shape) for n, i in inputs.items()} }; name it, as hidden=0 or 'x', or one an output (None: leave it)")
     closed = []
     for n, x in zip(names, outputs, strict=True):
         if n is not None and (n not in inputs or inputs[n].shape != x.shape):
@@ -368,7 +346,6 @@ def hand_on(k, output, args, kwargs, hidden):
                              f"{list(inputs[n].shape) if n in inputs else 'missing'}: not a residual block, or another hidden=")
         closed.append(x if n is None else inputs[n].to(x.dtype))
     return closed[0] if torch.is_tensor(output) else type(output)(closed)
-
 
 @torch.no_grad()
 def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
@@ -386,7 +363,7 @@ def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
         return hook
 
     def run():
-        with torch.random.fork_rng(devices=gpus):  # every pass replays, and leaves, the same random state
+        with torch.random.fork_rng(devices=gpus):  # each pass replays, and leaves, the same random state
             return velocity(*inputs)
 
     gpus = sorted({p.device.index for b in blocks for p in b.parameters() if p.is_cuda})
@@ -396,8 +373,8 @@ def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
         for m, _ in modes:
             m.training = False
         v, scores = run(), []
-        if len(fired) < len(blocks):
-            silent = sorted(set(range(1, len(blocks) + 1)) - fired)
+        silent = [k for k in range(1, len(blocks) + 1) if k not in fired]
+        if silent:
             raise ValueError(f"fog_a: blocks {silent} never ran in velocity(); a compiled model ignores hooks: run it eagerly")
         for now in range(1, len(blocks) + 1):
             scores.append(relative_change(v, run()[None], eps)[0])
@@ -419,10 +396,10 @@ def select_layers(scores, k=3, equal=False):
         raise ValueError(f"can't choose {k} layers from scores of shape {list(scores.shape)}")
     if not scores.isfinite().all():
         raise ValueError(f"layer scores are not finite: {scores.tolist()}")
+    if not equal and not (scores.any() and scores.min() >= 0):
+        raise ValueError(f"negative scores: {scores.tolist()}" if scores.any() else "no layer contributes, every FoG-A "
+                         "score is 0: adaLN-Zero starts with all gates closed, so train some steps before probing")
     best = scores.argsort(descending=True, stable=True)[:k]
-    if not equal and not (scores[best].sum() > 0 and (scores[best] >= 0).all()):
-        raise ValueError("no layer contributes, every FoG-A score is 0: adaLN-Zero starts with all gates closed, so "
-                         "train some steps before probing" if not scores.any() else f"negative scores: {scores.tolist()}")
     lam = torch.full((k,), 1 / k) if equal else scores[best] / scores[best].sum()
     return (best + 1).tolist(), lam.tolist()
 
@@ -436,8 +413,8 @@ def capture(blocks, layers, output=None):
 
         with capture(model.blocks, [1, 9, 5]) as hidden:
             v = model(...)                      # hidden[9] is what the ninth block returned
-    output: which one, where blocks return several tensors. Raises ValueError for a block that never ran, or that
-    returned a state without gradient (re-entrant activation checkpointing does)."""
+    output: which one, where blocks return several tensors. Raises ValueError for a block that never ran, or whose
+    state carries no gradient (re-entrant activation checkpointing detaches it)."""
     hidden = {}
 
     def keep(k):
@@ -456,35 +433,32 @@ def capture(blocks, layers, output=None):
     for k in layers:
         if k not in hidden:
             raise ValueError(f"capture: block {k} never ran; a compiled model ignores hooks: compile its blocks instead")
-        if torch.is_grad_enabled() and not hidden[k].requires_grad and any(p.requires_grad for p in blocks[k - 1].parameters()):
-            raise ValueError(f"capture: block {k}'s state carries no gradient; re-entrant activation checkpointing "
-                             "detaches it: pass use_reentrant=False")
-
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in blocks[k - 1].parameters())
+        if trains and not hidden[k].requires_grad:
+            raise ValueError(f"capture: block {k}'s state carries no gradient; checkpoint with use_reentrant=False")
 
 class AlignmentHeads(nn.ModuleDict):
     """h_phi_k: a two-layer MLP for each chosen layer, D -> teacher's dim."""
 
     def __init__(self, layers, dim, teacher_dim, width=192):
-        super().__init__({str(k): nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, teacher_dim)) for k in layers})
-
+        mlp = lambda: nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, teacher_dim))
+        super().__init__({str(k): mlp() for k in layers})
 
 def agrepa_loss(hidden, heads, T_x, weights, mask=None):
     """Eq. 12's sum over k of lambda_k (1 - cos(h_phi_k(pool(h_k)), T(x))), a clip. hidden {k: [B, T, D]}, weights
     {k: lambda_k}, mask [B, T]. T_x [B, dim], or [B, n, dim]: n equal stretches, each with its own target. -> [B]."""
-    T_x = T_x[:, None] if T_x.dim() == 2 else T_x
-    n, loss = T_x.shape[1], 0.0
+    T_x, loss = T_x[:, None] if T_x.dim() == 2 else T_x, torch.zeros(len(T_x), device=T_x.device)
     for k, lam in weights.items():
-        h = hidden[k].float()
-        w = torch.ones_like(h[..., :1]) if mask is None else mask[..., None].float()
-        real = w.unflatten(1, (n, -1)).sum(2)  # [B, n, 1]
-        z = (h * w).unflatten(1, (n, -1)).sum(2) / real.clamp(min=1)
-        far = 1 - F.cosine_similarity(heads[str(k)](z).float(), T_x, dim=-1)  # [B, n]
-        real = (real[..., 0] > 0).float()
+        w = torch.ones_like(hidden[k][..., :1]) if mask is None else mask[..., None]
+        h, w = ((x.float()).unflatten(1, (T_x.shape[1], -1)).sum(2) for x in (hidden[k] * w, w))  # sums over a stretch
+        far = 1 - F.cosine_similarity(heads[str(k)](h / w.clamp(min=1)).float(), T_x, dim=-1)  # [B, n]
+        real = w[..., 0] > 0
         loss = loss + lam * (far * real).sum(1) / real.sum(1)
     return loss
 
 
 # ---- 9. Sampling (App. A) --------------------------------------------------------------------------------------------
+# From noise to mel along the velocity field; long sounds in overlapping windows that share one velocity.
 
 def log_mel(wave):
     """Waveform [B, n x 256] at 24 kHz -> [B, n, 100]: n_fft 1024, hop 256, magnitude, natural log (the Vocos format)."""
@@ -492,21 +466,86 @@ def log_mel(wave):
     mel = torchaudio.transforms.MelSpectrogram(RATE, 1024, hop_length=HOP, n_mels=N_MELS, power=1).to(wave.device)
     return mel(wave)[..., :-1].clamp(min=1e-5).log().transpose(1, 2)
 
+def mel_to_wave(mel, vocoder="griffinlim"):
+    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz. Griffin-Lim on least-squares magnitudes; or vocos, which
+    reads this very format. Raises ValueError if vocos or its weights are missing."""
+    import torchaudio
+    mel = torch.cat([mel, mel[:, -1:]], 1).transpose(1, 2)  # frames are centred: one more closes the last hop
+    if vocoder == "vocos":
+        try:
+            from vocos import Vocos
+            return Vocos.from_pretrained("charactr/vocos-mel-24khz").to(mel.device).decode(mel)[:, :HOP * (mel.shape[2] - 1)]
+        except Exception as error:  # no package, or any of a hub's errors
+            raise ValueError(f"--vocoder vocos: {type(error).__name__}: {error}; pip install vocos, or take griffinlim") from None
+    bank = torchaudio.functional.melscale_fbanks(513, 0, RATE / 2, N_MELS, RATE).to(mel)
+    magnitude = (torch.linalg.pinv(bank.T) @ mel.exp()).clamp(min=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # first phases: the same sound each time
+        return torchaudio.transforms.GriffinLim(1024, n_iter=64, hop_length=HOP, power=1).to(mel.device)(magnitude)
+
+@torch.no_grad()
+def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0, join=lambda v: v):
+    """x0 [B, T, M] noise -> x1 by nfe Euler steps. guidance w: v_u + w (v_c - v_u), where v_u lacks the tokens and keeps
+    the reference mel; 1 is off. sway < 0: finer steps near the noise (F5-TTS). join: makes windows' velocities agree."""
+    twice = (lambda x: x) if guidance == 1 else (lambda x: x if x is None else torch.cat([x, x]))  # both passes, one batch
+    cond = Condition(*map(twice, cond))
+    cond = cond._replace(keep=cond.keep & (torch.arange(len(cond.keep), device=x0.device) < len(x0)))
+    c, x, t = model.condition(cond, model.embed(cond)), x0, torch.linspace(0, 1, nfe + 1)  # tokens are embedded once
+    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+    for now, step in zip(t.tolist(), t.diff().tolist()):
+        v = model(twice(x), torch.full((len(cond.keep),), now, device=x0.device), cond, c)
+        v_c, v_u = v[:len(x)], v[-len(x):]
+        x = x + step * join(v_u + guidance * (v_c - v_u) if guidance != 1 else v)
+    return x
+
+def resynthesise(model, ids, prompt, prompt_ids, domain, blocks, seed=0, **how):
+    """Tokens of a sound of any length -> its mel, in the voice of a prompt. ids [n x r], prompt [p x 15, M] normalised,
+    prompt_ids [p x r]; blocks: a window's, prompt included. Windows overlap by half. -> [n x 15, M]"""
+    p, device = len(prompt), prompt.device
+    r = len(prompt_ids) * FRAMES // p  # ids a block
+    n = len(ids) // r
+    body = min(n, max(1, blocks - p // FRAMES))
+    starts = sorted({min(s, n - body) for s in range(0, n, max(1, body // 2))})
+    frames = torch.tensor([range(s * FRAMES, (s + body) * FRAMES) for s in starts], device=device)  # [windows, body x 15]
+    tokens = torch.stack([torch.cat([prompt_ids, ids[s * r:(s + body) * r]]) for s in starts])
+    ref = F.pad(prompt, (0, 0, 0, body * FRAMES)).expand(len(starts), -1, -1)
+    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((p + n * FRAMES, N_MELS), dtype=np.float32)).to(device)
+    x0 = torch.stack([torch.cat([noise[:p], noise[p + f]]) for f in frames])
+    fade = torch.hann_window(body * FRAMES + 2, False, device=device)[1:-1, None].expand(len(starts), -1, 1)
+    add = lambda v: torch.zeros(n * FRAMES, v.shape[-1], device=device).index_add_(0, frames.flatten(), v.flatten(0, 1))
+    whole = lambda v: add(v[:, p:] * fade) / add(fade)  # windows -> one line of frames
+    one = torch.ones(len(starts), dtype=torch.long, device=device)
+    return whole(sample(model, Condition(tokens, ref, domain * one, one > 0), x0,
+                        join=lambda v: torch.cat([v[:, :p], whole(v)[frames]], 1), **how))
+
 
 # ---- 10. Data --------------------------------------------------------------------------------------------------------
 # A prepared folder is one domain: memory-mapped rows, one a block; an utterance is a run of rows, held-out ones last.
-# Every draw of a step is a function of (seed, step, domain, sample): resuming and adding processes change none.
+# Every draw of a step is a function of (seed, step, domain, sample): neither resuming nor more processes change it.
 
 class Batch(NamedTuple):
-    """Clips in order of domain, b each, B in all."""
+    """b clips of each domain, domain after domain, B in all."""
     x0: torch.Tensor  # [B, T, M] noise
-    x1: torch.Tensor  # [B, T, M] log-mel, normalised by the domain's mean and std
+    x1: torch.Tensor  # [B, T, M] log-mel, normalised by the domain's mean and deviation
     t: torch.Tensor  # [B]
     cond: Condition
     blocks: list  # a domain each: [b, n, dim] teacher features, centred, a row a block
-    kept: torch.Tensor  # [B] Eq. 5's weights: 1 / (clips of the domain that kept their tokens), or 0
+    kept: torch.Tensor  # [B] Eq. 5's weights: 1 / (how many of the domain's clips kept their tokens), or 0
     scored: torch.Tensor  # [B, T] frames that metrics count: real, and after the reference prefix
 
+def assign(x, centroids):
+    """The nearest centroid of each row: x [..., d], centroids [units, d] -> [...]."""
+    square = centroids.square().sum(1)
+    return torch.cat([(square - 2 * part @ centroids.T).argmin(1) for part in x.flatten(0, -2).split(16384)]).view(x.shape[:-1])
+
+def slow(mel, n):
+    """mel [B, T, M] at the rate of n tokens: [B, n, M]."""
+    return F.interpolate(mel.transpose(1, 2), n, mode="area").transpose(1, 2)
+
+def tokenise(features, mel, centroids, codebooks):
+    """Units of features [B, n x 8, d], and of the mel [B, n x 15, M] at their rate if codebooks is 2 -> [B, n x 8 x codebooks]."""
+    heard = [features, slow(mel, features.shape[1])][:codebooks]
+    return interleave(*(assign(x.half().float(), c) for x, c in zip(heard, centroids.split([x.shape[2] for x in heard], 1))))
 
 class BlockDataset:
     """A folder made by data_prep.py. Raises ValueError where it isn't one."""
@@ -514,51 +553,42 @@ class BlockDataset:
     def __init__(self, folder, raw_teacher=False):
         try:
             self.meta = json.loads((Path(folder) / "meta.json").read_text())
-            load = lambda name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r")
-            self.mel, self.tokens, self.teacher, self.units = map(load, ("mel", "tokens", "teacher", "units"))
-            self.offsets = np.array(load("offsets"))
+            self.mel, self.tokens, self.teacher, self.units, offsets = (
+                np.load(Path(folder) / f"{x}.npy", mmap_mode="r") for x in ("mel", "tokens", "teacher", "units", "offsets"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: not a prepared folder ({error})") from None
-        if self.meta["format"] != 1 or not len(self.mel) == len(self.tokens) == len(self.teacher) == self.offsets[-1]:
+        if self.meta["format"] != 1 or not len(self.mel) == len(self.tokens) == len(self.teacher) == offsets[-1]:
             raise ValueError(f"{folder}: its arrays don't belong together, or another version made it; prepare it again")
-        self.train = len(self.offsets) - 1 - self.meta["held_out"]  # utterances to train on
-        self.centre = np.float32(0 if raw_teacher else self.meta["teacher_mean"])
-        self.dim, self.vocab = self.teacher.shape[1], self.meta["units"] * self.meta["codebooks"]
-
-    def carried(self):
-        """What a checkpoint carries of a domain: all that sampling needs."""
-        return {**{k: v for k, v in self.meta.items() if k != "skipped"}, "centroids": torch.tensor(np.array(self.units))}
+        self.offsets, self.train = np.array(offsets), len(offsets) - 1 - self.meta["held_out"]  # utterances to train on
+        self.centre, self.dim = np.float32(0 if raw_teacher else self.meta["teacher_mean"]), self.teacher.shape[1]
 
     def clip(self, u, start, n):
-        """n blocks of utterance u from `start`: mel [n x 15, M], ids [n x 8 x codebooks], teacher [n, dim], and how many
-        blocks are real. After the utterance's end: zeros, and the last id again, so that interpolating sees no edge."""
+        """n blocks of utterance u from block `start` -> mel [n x 15, M], ids [n x 8 x codebooks], teacher [n, dim], and how
+        many blocks are real. Past the utterance's end: zeros, and its last id, so that interpolation sees no edge."""
         a = self.offsets[u] + start
         real = int(min(n, self.offsets[u + 1] - a))
-        pad = lambda x, **kw: np.pad(x, [(0, n - real), *[(0, 0)] * (x.ndim - 1)], **kw)
-        mel = (self.mel[a:a + real].astype(np.float32) - self.meta["mel_mean"]) / self.meta["mel_std"]
-        teacher = self.teacher[a:a + real].astype(np.float32) - self.centre
-        slots = np.arange(self.tokens.shape[1]) % self.meta["codebooks"] * self.meta["units"]
-        ids = (self.tokens[a:a + real].astype(np.int64) + slots).reshape(-1)
-        ids = np.pad(ids, (0, n * self.tokens.shape[1] - len(ids)), mode="edge")
-        return pad(mel).reshape(n * FRAMES, -1), ids, pad(teacher), real
-
+        rows, pad = slice(a, a + real), lambda x: np.pad(x, [(0, n - real), *[(0, 0)] * (x.ndim - 1)])
+        mel = (self.mel[rows].astype(np.float32) - self.meta["mel_mean"]) / self.meta["mel_std"]
+        codebook = np.arange(self.tokens.shape[1]) % self.meta["codebooks"] * self.meta["units"]
+        ids = (self.tokens[rows].astype(np.int64) + codebook).reshape(-1)
+        ids = np.pad(ids, (0, n * len(codebook) - len(ids)), mode="edge")
+        return pad(mel).reshape(n * FRAMES, -1), ids, pad(self.teacher[rows].astype(np.float32) - self.centre), real
 
 def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, device="cpu"):
-    """Clips of step `step`, b a domain, for this rank; without a step, b fixed held-out clips, the same in every run."""
+    """Step `step`'s clips, b a domain, for this rank; without a step, b fixed held-out clips, the same in every run."""
     n, rows, blocks = config.blocks, [], []
     for d in domains or range(len(datasets)):
         data, key, teacher = datasets[d], (0, d) if step is None else (1 + config.seed, d, step), []
-        draws = np.random.default_rng(key).random((b * world, 5))
-        kept = (draws[:, 0] >= 0.1) | (step is None)  # tokens dropped for 10 %
+        draws = np.random.default_rng(key).random((b * world, 6))
+        kept = (draws[:, 0] >= 0.1) | (step is None)  # 10 % lose their tokens
         for i in range(rank * b, rank * b + b):
-            where, start, t, prompt, length = *draws[i, 1:], draws[i, 0] * 1e4 % 1
-            if step is None:  # held out: evenly over the utterances, times by the golden ratio
+            where, start, t, prompt, length = draws[i, 1:]
+            if step is None:  # evenly over the utterances, times by the golden ratio
                 u, t = data.train + i * data.meta["held_out"] // b, (0.5 + i * 0.618034) % 1
-            else:  # a random block's utterance: long ones are drawn more often
+            else:  # a random block's utterance: long ones come more often
                 u = np.searchsorted(data.offsets, int(where * data.offsets[data.train]), side="right") - 1
-            start = int(start * max(1, data.offsets[u + 1] - data.offsets[u] - n + 1))
-            mel, ids, target, real = data.clip(u, start, n)
-            prompt = int(length * 0.3 * real * FRAMES) if prompt >= 0.1 else 0  # dropped for 10 %, else at most 30 %
+            mel, ids, target, real = data.clip(u, int(start * max(1, data.offsets[u + 1] - data.offsets[u] - n + 1)), n)
+            prompt = int(length * 0.3 * real * FRAMES) if prompt >= 0.1 else 0  # at most 30 %; 10 % have none
             noise = np.random.default_rng((*key, i)).standard_normal(mel.shape, dtype=np.float32)
             rows.append((noise, mel, np.float32(t), ids, d, kept[i], world * kept[i] / max(1, kept.sum()), prompt, real))
             teacher.append(target)
@@ -567,15 +597,11 @@ def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, de
     def put(x):  # pinned, and copied while the step before runs
         x = torch.from_numpy(np.ascontiguousarray(x))
         return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
-
-    x0, x1, t, ids, domain, keep, kept, prompt, real = (np.stack(x) for x in zip(*rows))
-    after = np.arange(x1.shape[1]) >= prompt[:, None]
-    inside = np.arange(n) < real[:, None]
+    x0, x1, t, ids, domain, keep, kept, prompt, real = map(np.stack, zip(*rows))
+    after, inside = np.arange(x1.shape[1]) >= prompt[:, None], np.arange(n) < real[:, None]
     cond = Condition(put(ids), put(np.where(after[..., None], np.float32(0), x1)), put(domain), put(keep),
-                     None if inside.all() else put(inside))  # no mask where none is needed: flash attention takes none
-    return Batch(put(x0), put(x1), put(t), cond, [put(x) for x in blocks], put(np.float32(kept)),
-                 put(after & inside.repeat(FRAMES, 1)))
-
+                     None if inside.all() else put(inside))  # flash attention takes no mask
+    return Batch(*map(put, (x0, x1, t)), cond, [*map(put, blocks)], put(np.float32(kept)), put(after & inside.repeat(FRAMES, 1)))
 
 def loader(datasets, config, first, rank, world, device):
     """Batches from step `first` on, each assembled in a thread while the one before is trained on."""
@@ -591,13 +617,11 @@ def loader(datasets, config, first, rank, world, device):
 
 PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
 
-
 def losses(model, bitc, heads, chosen, batch, config):
     """The terms of Eq. 12: L_FM, L_BiT, alignment. bitc, heads, chosen: one entry a domain; no heads, no alignment."""
     cond, b = batch.cond, len(batch.x1) // len(bitc)
-    e = model.embed(cond)
-    x_t, u = flow_path(batch.x0, batch.x1, batch.t)
-    taps = sorted({k for c in chosen or [] for k in c["layers"]}) if len(heads) else []
+    e, (x_t, u) = model.embed(cond), flow_path(batch.x0, batch.x1, batch.t)
+    taps = sorted({k for c in chosen for k in c["layers"]}) if len(heads) else []
     with capture(model.layers, taps) as hidden:
         v = model(x_t, batch.t, cond, model.condition(cond, e))
     fm = flow_matching_loss(v, u, spread(cond.mask, v.shape[1])).mean()
@@ -607,17 +631,16 @@ def losses(model, bitc, heads, chosen, batch, config):
         mask = None if cond.mask is None else cond.mask[own]
         T_x = pool_teacher(batch.blocks[d], mask)
         bit = bit + bitc_loss(head(e[own], T_x, spread(mask, e.shape[1])), batch.kept[own])
-        if taps and chosen[d]["layers"]:
+        if taps:
             lam = dict(zip(chosen[d]["layers"], chosen[d]["weights"]))
             T_x = T_x if config.align_pool == "clip" else batch.blocks[d]
             own_hidden = {k: hidden[k][own] for k in lam}
             align = align + agrepa_loss(own_hidden, heads[d], T_x, lam, spread(mask, v.shape[1])).mean() / len(bitc)
     return fm, bit, align
 
-
 def probe(model, bitc, batch, d=0):
-    """FoG-A, LASP and gradient norm of L_FM by layer, for domain d's fixed clips, each at every one of PROBE_TIMES.
-    In eval mode, and in float32: the scores are differences of close numbers. -> three lists [L][times]."""
+    """FoG-A, LASP and the gradient norm of L_FM, a layer, on domain d's fixed clips at each of PROBE_TIMES, in eval mode
+    and float32: the scores are differences of close numbers. -> three lists [L][times]"""
     training, out, mask = model.training, [], spread(batch.cond.mask, batch.x1.shape[1])
     model.eval()
     for at in PROBE_TIMES:
@@ -628,55 +651,40 @@ def probe(model, bitc, batch, d=0):
             loss = flow_matching_loss(model(x_t, t, batch.cond), u, mask).mean()
         store = lasp(hidden, bitc[d], pool_teacher(batch.blocks[0], batch.cond.mask), mask).mean(1)
         grads = torch.autograd.grad(loss, list(model.layers.parameters()))
-        per_layer = len(grads) // len(model.layers)
-        norm = [torch.stack(g).norm() for g in zip(*[iter([x.norm() for x in grads])] * per_layer)]
-        out.append(torch.stack([foga, store, torch.stack(norm)]))
+        grads = torch.stack([g.norm() for g in grads]).view(len(model.layers), -1).norm(dim=1)
+        out.append(torch.stack([foga, store, grads]))
     model.train(training)
     return torch.stack(out, -1).tolist()
 
-
-def choose(config, history, d):
-    """Selection for domain d from the probes of phase I's second half. -> its entry of layers.json, and its gradient norms."""
-    late = [p["scores"][d] for p in history if p["step"] > config.warmup / 2]
-    foga, store, grad = torch.tensor(late).mean((0, -1)).double()  # [L] each
-    k, strategy = config.top_k, config.select
-    if strategy == "none":
-        layers, lam = [], []
-    elif strategy[:1].isdigit():
-        layers = [int(x) for x in strategy.split(",")]
+def choose(config, history, d, name):
+    """Domain d's entry of layers.json, from the mean of the probes in phase I's second half; prints the table."""
+    late = [p["scores"][d] for p in history if p["step"] > config.phase1 / 2]
+    foga, store, grad = torch.tensor(late, dtype=torch.float64).mean((0, -1)).tolist()  # [L] each
+    lots = torch.rand(config.layers, generator=torch.Generator().manual_seed(1000 * config.seed + d)).tolist()
+    if config.select in STRATEGIES[:4]:
+        layers, _ = select_layers(dict(foga=foga, lasp=store, gradnorm=grad, random=lots)[config.select], config.top_k, equal=True)
     else:
-        noise = torch.rand(config.layers, generator=torch.Generator().manual_seed(1000 * config.seed + d))
-        score = dict(foga=foga, lasp=store, gradnorm=grad, random=noise)[strategy]
-        layers, lam = select_layers(score, k, equal=strategy != "foga")
-    if layers and (config.weights == "foga" or (config.weights, strategy) == ("auto", "foga")):
-        order, share = select_layers(foga[[x - 1 for x in layers]], len(layers))  # Eq. 11 within the chosen set
-        layers, lam = [layers[x - 1] for x in order], share
-    elif layers:
-        lam = [1 / len(layers)] * len(layers)
-    return dict(layers=layers, weights=lam, foga=foga.tolist(), lasp=store.tolist()), grad.tolist()
-
-
-def report(config, name, entry, grad, history, d):
-    """The table of stores and contributions, and how sure the choice is."""
-    print(f"\n{name}: mean of the probes from step {config.warmup // 2 + 1} to {config.warmup}\nlayer   FoG-A    LASP  grad norm  lambda")
-    lam = dict(zip(entry["layers"], entry["weights"]))
-    for k, row in enumerate(zip(entry["foga"], entry["lasp"], grad), 1):
-        print(f"{k:5d}  {row[0]:6.4f}  {row[1]:6.3f}  {row[2]:9.4f}" + (f"  {lam[k]:6.3f}  chosen" if k in lam else ""))
-    if config.select != "foga":
-        return
-    K, top = config.top_k, [set(select_layers(torch.tensor(p["scores"][d][0]).mean(1), config.top_k)[0]) for p in history[-3:]]
-    if K < config.layers:
-        last, following = sorted(entry["foga"], reverse=True)[K - 1:K + 1]
-        print(f"margin: layer {entry['layers'][-1]} is {last / max(following, 1e-12) - 1:.1%} above the next")
-    common = [len(t & set(entry["layers"])) for t in top]
-    print(f"the last {len(top)} probes each share {', '.join(map(str, common))} of these {K} layers")
-    if min(common) < K:
-        print("warning: the ranking was still moving when phase I ended; more --probe-steps would settle it", flush=True)
-
+        layers = [int(k) for k in config.select.split(",") if config.select != "none"]
+    lam = {k: 1 / len(layers) for k in layers}
+    if layers and (config.weights == "foga" or config.weights == "auto" and config.select == "foga"):  # Eq. 11 among the chosen
+        order, share = select_layers([foga[k - 1] for k in layers], len(layers))
+        lam = {layers[i - 1]: w for i, w in zip(order, share)}
+    print(f"\n{name}: mean of {len(late)} probes up to step {history[-1]['step']}\nlayer   FoG-A    LASP  grad norm  lambda")
+    for k, row in enumerate(zip(foga, store, grad), 1):
+        print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + (f"  {lam[k]:6.3f}  chosen" if k in lam else ""))
+    if config.select == "foga":
+        *_, last, following = sorted([0.0, *foga], reverse=True)[:config.top_k + 1]
+        print(f"margin: layer {layers[-1]} is {last / max(following, 1e-12) - 1:.1%} above the next")
+        tops = [select_layers(torch.tensor(p["scores"][d][0]).mean(1), config.top_k, True)[0] for p in history[-3:]]
+        common = [len(set(top) & set(layers)) for top in tops]
+        print(f"of these {config.top_k} layers, the last probes each have {', '.join(map(str, common))} in their top {config.top_k}")
+        if min(common) < config.top_k:
+            print("warning: the ranking was still moving; more --probe-steps would settle it")
+    return dict(layers=list(lam), weights=list(lam.values()), foga=foga, lasp=store)
 
 def launch(config):
-    """torchrun's environment, the device, and whether autocast is on. -> rank, world, device, amp()"""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    """Device, processes, precision. -> rank, world, device, amp(). Raises ValueError for a device that isn't there."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(best if config.device == "auto" else config.device)
@@ -688,54 +696,27 @@ def launch(config):
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    has = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    low = config.dtype == "bfloat16" or config.dtype == "auto" and has
+    has = dict(cuda=lambda: torch.cuda.is_bf16_supported(False), cpu=torch.cpu._is_avx512_bf16_supported).get(device.type, bool)
+    low = config.dtype == "bfloat16" or config.dtype == "auto" and has()
     return rank, world, device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
 
-
-def groups(module, decay=0.1):
-    """AdamW's groups: weight decay on matrices, none on embeddings, biases and the null token."""
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    split = {True: [], False: []}
+def groups(module):
+    """AdamW's parameter groups: weight decay on matrices; none on embeddings, biases and the null token."""
+    tables, split = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}, {True: [], False: []}
     for p in module.parameters():
         split[p.ndim > 1 and id(p) not in tables].append(p)
-    return [dict(params=ps, weight_decay=decay * matrix) for matrix, ps in split.items() if ps]
+    return [dict(params=ps, weight_decay=0.1 * matrix) for matrix, ps in split.items() if ps]
 
-
-def share_gradients(params, world):
-    """The mean over processes, in one message."""
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, g in zip(params, flat.div_(world).split([p.numel() for p in params])):
-        p.grad.copy_(g.view_as(p))
-
+def build(config, domains):
+    """domains: the meta of each."""
+    return VelocityModel(config.layers, config.dim, config.heads, config.dropout, [m["units"] * m["codebooks"] for m in domains])
 
 def write_text(path, text):
     Path(f"{path}.part").write_text(text)
     os.replace(f"{path}.part", path)
 
-
-def write_rows(path, rows):
-    with open(path, "a", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows(rows)
-
-
-def keep_rows(path, header, last):
-    """A new table, or the rows of an interrupted run up to its checkpoint."""
-    lines = path.read_text().splitlines()[1:] if path.exists() and last else []
-    write_text(path, "\n".join([",".join(header), *(x for x in lines if int(x.split(",")[0]) <= last)]) + "\n")
-
-
-def write_probe(path, names, found):
-    for name, scores in zip(names, found["scores"]):
-        for k, layer in enumerate(zip(*scores), 1):  # three lists over t
-            per_t = [*zip(PROBE_TIMES, *layer), ("", *(sum(x) / len(x) for x in layer))]
-            write_rows(path, [[found["step"], name, k, t, *(f"{x:.6g}" for x in row)] for t, *row in per_t])
-
-
-def clock(seconds):
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
-
+def write_table(path, header, rows):
+    write_text(path, "\n".join(",".join(map(str, row)) for row in [header.split(), *rows]) + "\n")
 
 def save(folder, state):
     """last.pt, by way of a file that is renamed when whole; the one before stays as previous.pt."""
@@ -744,35 +725,30 @@ def save(folder, state):
         os.replace(folder / "last.pt", folder / "previous.pt")
     os.replace(folder / "last.pt.part", folder / "last.pt")
 
-
 def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert state["format"] == "agrepa 1"
-        return state
+        return state if state["format"] == "agrepa 1" else 1 / 0
     except Exception as error:  # torch.load raises a dozen kinds
         raise ValueError(f"{path}: not a whole checkpoint of agrepa.py ({type(error).__name__})") from None
 
-
-LOG = "step phase loss fm bitc align val_fm lr frames_per_s seconds".split()
-PROBE = "step domain layer t foga lasp gradnorm".split()
-
-
 def train(config, resume=None):
-    """One run, two phases; everything it writes stands in config.out. resume: a checkpoint of this run."""
+    """One run, two phases; all it writes stands in config.out. resume: a checkpoint of this run. -> layers.json's content"""
     rank, world, device, amp = launch(config)
     out, data = Path(config.out), [BlockDataset(d, config.raw_teacher) for d in config.data]
-    names = [f"{d.meta['name']}-{i}" if sum(d.meta["name"] == x.meta["name"] for x in data) > 1 else d.meta["name"]
-             for i, d in enumerate(data, 1)]
+    names = [d.meta["name"] for d in data]
+    names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, 1)]
     if len({d.meta["codebooks"] for d in data}) > 1:
         raise ValueError("--data: the domains differ in their number of codebooks; prepare them alike")
-    warm, every = config.warmup, config.probe_every or max(1, min(200, config.warmup // 10))
+    warm, every = config.phase1, config.probe_every or max(1, min(200, config.phase1 // 10))
     torch.manual_seed(config.seed)
-    model = VelocityModel(config.layers, config.dim, config.heads, config.dropout, [d.vocab for d in data]).to(device)
-    bitc = nn.ModuleList(BiTC(config.dim, d.dim) for d in data).to(device)
-    ema, heads, chosen, history = copy.deepcopy(model).requires_grad_(False).eval(), nn.ModuleList(), None, []
+    model = build(config, [d.meta for d in data]).to(device)
+    bitc, heads = nn.ModuleList(BiTC(config.dim, d.dim) for d in data).to(device), nn.ModuleList()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.AdamW([*groups(model), *groups(bitc)], lr=config.lr, fused=True)
-    first, spent, aligning, sums = 0, 0.0, False, torch.zeros(5, device=device)  # sums of loss, fm, bitc, align, and how many steps
+    parts = dict(model=model, bitc=bitc, heads=heads, ema=ema, opt=opt)
+    first, spent, chosen, history, log, aligning = 0, 0.0, None, [], [], False
+    sums = torch.zeros(5, device=device)  # of loss, fm, bitc, align, and how many steps
 
     def add_heads():  # known only now, phase II's own parameters join the optimiser
         torch.manual_seed(config.seed + 1)
@@ -781,10 +757,10 @@ def train(config, resume=None):
             opt.add_param_group(group)
 
     if resume:
-        first, spent, chosen, history = (resume[k] for k in ("step", "spent", "chosen", "history"))
+        first, spent, chosen, history, log = (resume[k] for k in ("step", "spent", "chosen", "history", "log"))
         if chosen:
             add_heads()
-        for part, name in ((model, "model"), (bitc, "bitc"), (heads, "heads"), (ema, "ema"), (opt, "opt")):
+        for name, part in parts.items():
             part.load_state_dict(resume[name])
         sums.copy_(resume["sums"])
     if config.compile:
@@ -795,7 +771,6 @@ def train(config, resume=None):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        keep_rows(out / "log.csv", LOG, first), keep_rows(out / "probe.csv", PROBE, first)
         print(f"{config.layers} layers of width {config.dim}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
               f"parameters, on {world} x {device.type}; phase I to step {warm}, a probe every {every}; run folder {out}")
         for name, d in zip(names, data):
@@ -809,97 +784,296 @@ def train(config, resume=None):
             if switch or chosen is None and step and step % every == 0:
                 with torch.compiler.set_stance("force_eager"):  # ablation's stack has another height at each layer
                     history.append(dict(step=step, scores=[probe(model, bitc, p, d) for d, p in enumerate(probes)]))
-                if rank == 0:
-                    write_probe(out / "probe.csv", names, history[-1])
+                if rank == 0:  # an empty t is the mean over t
+                    write_table(out / "probe.csv", "step domain layer t foga lasp gradnorm", [
+                        [p["step"], name, k, t, *(f"{x:.6g}" for x in row)] for p in history for name, scores in zip(names, p["scores"])
+                        for k, s in enumerate(zip(*scores), 1) for t, *row in [*zip(PROBE_TIMES, *s), ("", *map(np.mean, s))]])
             if switch:  # phase I is over: the layers are chosen, once
-                found = [choose(config, history, d) for d in range(len(data))]
+                with contextlib.redirect_stdout(sys.stdout if rank == 0 else open(os.devnull, "w")):
+                    chosen = [choose(config, history, d, name) for d, name in enumerate(names)]
                 if world > 1:
-                    dist.broadcast_object_list(found)
-                chosen = [entry for entry, _ in found]
+                    dist.broadcast_object_list(chosen)
                 add_heads()
                 if rank == 0:
                     write_text(out / "layers.json", json.dumps(dict(zip(names, chosen)), indent=1))
-                    for d, (entry, grad) in enumerate(found):
-                        report(config, names[d], entry, grad, history, d)
             if rank == 0 and (step % config.eval_every == 0 or switch or end):
                 with torch.no_grad(), amp():
                     x_t, u = flow_path(held.x0, held.x1, held.t)
                     val = flow_matching_loss(ema(x_t, held.t, held.cond), u, held.scored).mean().item()
-                *mean, count = (sums[:4] / sums[4]).tolist() + [int(sums[4])]
+                *mean, count = (sums[:4] / sums[4]).tolist() + [sums[4].item()]
                 if step > line[1] and not count:
                     raise ValueError(f"no finite gradient since step {line[1]}: lower --lr {config.lr:g}, or --dtype float32")
                 pace, line = (time.time() - line[0]) / max(1, step - line[1]), (time.time(), step)
-                speed = world * len(batch.x1) * batch.x1.shape[1] / pace
-                mean[3] = mean[3] if aligning else math.nan
-                row = [f"{x:.5f}" if math.isfinite(x) else "" for x in mean] + [f"{val:.5f}", f"{lr(step):.3e}", f"{speed:.0f}"]
-                write_rows(out / "log.csv", [[step, 1 + (step > warm), *row, f"{time.time() - began:.1f}"]])
-                print(f"step {step:6d}  " + "  ".join(f"{k} {x or '-':>7.7}" for k, x in zip(LOG[2:7], row)) +
-                      (f"  lr {row[5]}  {row[6]} frames/s  {clock(pace * (config.steps - step))} left" if count else ""), flush=True)
+                mean = [f"{x:.5f}" if count and (aligning or i < 3) else "" for i, x in enumerate(mean)]
+                speed, left = batch.x1[..., 0].numel() * world / pace, int(pace * (config.steps - step))
+                log.append([step, 1 + (step > warm), *mean, f"{val:.5f}", f"{lr(step):.3e}", f"{speed:.0f}", f"{time.time() - began:.1f}"])
+                write_table(out / "log.csv", "step phase loss fm bitc align val_fm lr frames_per_s seconds", log)
+                print("step {:6d}  loss {:>7.7}  fm {:>7.7}  bitc {:>7.7}  align {:>7.7}  held out {:7.7}  lr {}".format(step, *[x or "-" for x in log[-1][2:8]])
+                      + (f"  {speed:.0f} frames/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if count else ""), flush=True)
                 sums.zero_()
-            if rank == 0 and (step % config.save_every == 0 and step or switch or end):
-                save(out, dict(format="agrepa 1", config=dataclasses.asdict(config), names=names, step=step, chosen=chosen,
-                               spent=time.time() - began, history=history, sums=sums, domains=[d.carried() for d in data],
-                               **{n: m.state_dict() for n, m in dict(model=model, bitc=bitc, heads=heads, ema=ema, opt=opt).items()}))
+            if rank == 0 and step and (step % config.save_every == 0 or switch or end):
+                domains = [{**{k: v for k, v in d.meta.items() if k != "skipped"}, "centroids": torch.tensor(np.array(d.units))} for d in data]
+                save(out, dict(format="agrepa 1", config=dataclasses.asdict(config), names=names, domains=domains, step=step, chosen=chosen, sums=sums,
+                               history=history, log=log, spent=time.time() - began, **{name: p.state_dict() for name, p in parts.items()}))
         if end:
-            break
+            return dict(zip(names, chosen))
         torch.manual_seed(hash((config.seed, step, rank)) % 2 ** 32)  # dropout's; all else comes with the batch
+        aligning = bool(chosen and chosen[0]["layers"]) and not 0 < config.align_until <= step
         with amp():
-            aligning = bool(chosen and chosen[0]["layers"]) and not 0 < config.align_until <= step
             fm, bit, align = losses(model, bitc, heads if aligning else [], chosen, batch, config)
             loss = fm + config.bit_weight * bit + config.align_weight * align  # Eq. 12
         loss.backward()
         params = [p for g in opt.param_groups for p in g["params"] if p.grad is not None]
-        if world > 1:
-            share_gradients(params, world)
+        if world > 1:  # the mean over processes, in one message
+            flat = torch.cat([p.grad.flatten() for p in params])
+            dist.all_reduce(flat)
+            for p, g in zip(params, flat.div_(world).split([p.numel() for p in params])):
+                p.grad.copy_(g.view_as(p))
         good = torch.nn.utils.clip_grad_norm_(params, 1.0).isfinite()
-        opt.found_inf = 1 - good.float()  # a step with a gradient that isn't finite changes nothing; no wait to see it
+        opt.found_inf = 1 - good.float()  # a gradient that isn't finite changes nothing, and nobody waits to see it
         for group in opt.param_groups:
             group["lr"] = lr(step)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        decay = min(0.9999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        terms = torch.stack([loss, fm, bit, align, torch.ones_like(fm)]).detach()
-        sums += torch.where(good, terms, torch.zeros_like(terms))
-    return dict(zip(names, chosen))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.9999, (1 + step) / (10 + step)))
+        sums += torch.where(good, torch.stack([loss, fm, bit, align, torch.ones_like(fm)]).detach(), torch.zeros_like(sums))
+
+
+# ---- 12. Metrics and figures (tables, Fig. 1) ------------------------------------------------------------------------
+
+def restore(path, device):
+    """A checkpoint -> its content, its Config, its EMA model in eval mode."""
+    state = load_checkpoint(path)
+    config = Config(**state["config"])
+    model = build(config, state["domains"]).to(device).eval().requires_grad_(False)
+    model.load_state_dict(state["ema"])
+    return state, config, model
+
+def teachers(meta, named, device):
+    """A domain's teacher, and the one its units come from. A callable runs only if the command line names it."""
+    for spec in (meta["teacher"], meta["units_teacher"]):
+        if ":" in spec and spec not in named:
+            raise ValueError(f"this checkpoint's teacher is code, {spec}, and runs only if you name it: --teacher {spec}")
+    teacher = Teacher(meta["teacher"], meta["teacher_layer"]).to(device)
+    same = meta["units_teacher"] == meta["teacher"]
+    return teacher, teacher if same else Teacher(meta["units_teacher"], meta["teacher_layer"]).to(device)
+
+def frechet(a, b):
+    """Between Gaussians fitted to rows a [n, d] and b [m, d]: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))."""
+    A, B = np.cov(a.T), np.cov(b.T)
+    w, U = np.linalg.eigh(A)
+    root = (U * np.sqrt(w.clip(0))) @ U.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
+
+@torch.no_grad()
+def evaluate(path, named=(), device="cpu"):
+    """A checkpoint's metrics on held-out clips, the reference prefix left out; also into metrics.json beside it."""
+    from torchaudio.functional import resample
+    (state, config, model), found = restore(path, device), {}
+    n, p = config.blocks, max(1, int(0.3 * config.blocks))
+    data = [BlockDataset(folder, config.raw_teacher) for folder in config.data]
+    for d, (name, meta) in enumerate(zip(state["names"], state["domains"])):
+        (teacher, listener), dim = teachers(meta, named, device), meta["dim"]
+        clips = min(max(64, 3 * dim // max(1, n - p)), int(data[d].offsets[-1] - data[d].offsets[data[d].train]) // n)
+        held, other = (make_batch(data, config, clips, step, domains=[d], device=device) for step in (None, 0))
+        after = torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES
+        x_t, u = flow_path(held.x0, held.x1, held.t)
+        fm = flow_matching_loss(model(x_t, held.t, held.cond), u, held.scored).mean().item()
+        began = time.time()
+        made = sample(model, held.cond._replace(ref=torch.where(after, 0, held.x1)), held.x0)
+        factor = (time.time() - began) / (clips * n * BLOCK)
+
+        def hear(mel, cond):  # through the same vocoder -> teacher's rows and units of the real blocks after the prefix
+            wave = resample(mel_to_wave(mel * meta["mel_std"] + meta["mel_mean"]), 3, 2)
+            return blocks(teacher(wave), cond.mask).mean(1).cpu().double().numpy(), blocks(assign(
+                listener(wave), meta["centroids"][:, :listener.dim].to(device)), cond.mask)
+
+        def blocks(x, mask):  # [clips, n x 8, ...] -> [rows, 8, ...]
+            x = x.unflatten(1, (n, TEACHER_FRAMES))[:, p:]
+            return x.flatten(0, 1) if mask is None else x[mask[:, p:]]
+        (rows, units), (fake, heard) = hear(held.x1, held.cond), hear(torch.where(after, made, held.x1), held.cond)
+        if len(rows) <= dim:
+            raise ValueError(f"{name}: {len(rows)} held-out blocks can't give a covariance of {dim} features; prepare more audio")
+        real, _ = hear(other.x1, other.cond)
+        truth = blocks(held.cond.tokens[:, ::meta["codebooks"]], held.cond.mask)
+        found[name] = dict(clips=clips, rows=len(rows), flow_matching_loss=fm, frechet=frechet(fake, rows), frechet_floor=frechet(real, rows),
+                           unit_error=(heard != units).float().mean().item(), unit_error_floor=(truth != units).float().mean().item(),
+                           real_time_factor=factor)
+    write_text(Path(path).parent / "metrics.json", json.dumps(found, indent=1))
+    return found
+
+def figures(*folders):
+    """PNGs of a run from its tables and sounds, into its folder; of several, one that compares them. -> paths"""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    made, here = [], Path(folders[0])
+
+    def read(folder, name):
+        try:
+            with open(Path(folder) / name) as f:
+                return json.load(f) if name.endswith("json") else list(csv.DictReader(f))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: not the folder of a run past its phase I ({error})") from None
+
+    def panels(rows, columns, height, **kw):
+        return plt.subplots(rows, columns, figsize=(min(4.4 * columns, 10), height), squeeze=False, layout="constrained", **kw)
+
+    def finish(fig, name):
+        made.append(here / name)
+        fig.savefig(made[-1], dpi=100)
+        plt.close(fig)
+
+    if len(folders) > 1:
+        fig, [[ax]] = panels(1, 1, 3.4)
+        print(f"{'run':24}{'select':>10}  held-out loss  layers")
+        for folder, style in zip(map(Path, folders), itertools.cycle(("-", "--", "-.", ":"))):
+            log, chosen, select = read(folder, "log.csv"), read(folder, "layers.json"), read(folder, "config.json")["select"]
+            ax.plot([int(r["step"]) for r in log], [float(r["val_fm"]) for r in log], style, label=f"{folder.name}: {select}")
+            print(f"{folder.name:24}{select:>10}  {log[-1]['val_fm']:>13}  " + "; ".join(f"{n} {e['layers']}" for n, e in chosen.items()))
+        ax.set(xlabel="step", ylabel="held-out flow-matching loss")
+        ax.legend(fontsize=8)
+        finish(fig, "compare.png")
+        return made
+    chosen, log, probes = read(here, "layers.json"), read(here, "log.csv"), read(here, "probe.csv")
+    L = len(next(iter(chosen.values()))["foga"])
+    fig, axes = panels(1, 2 * len(chosen), 0.2 * L + 1.4, sharey=True)  # store beside contribute
+    for (name, entry), (store, contribute) in zip(chosen.items(), axes[0].reshape(-1, 2)):
+        store.barh(range(1, L + 1), entry["lasp"], color="#e0a030", hatch="//", edgecolor="white")
+        bars = contribute.barh(range(1, L + 1), entry["foga"], color="#b4c4d4")
+        for k, lam in zip(entry["layers"], entry["weights"]):
+            bars[k - 1].set_color("#1f4e79")
+            contribute.text(entry["foga"][k - 1], k, f" $\\lambda$ {lam:.2f}", va="center", fontsize=8)
+        contribute.margins(x=0.3)
+        store.set(title=f"{name}\nstores", xlabel="LASP (cosine)", yticks=range(1, L + 1), ylabel="layer")
+        contribute.set(title=f"{name}\ncontributes; dark: chosen", xlabel="FoG-A (relative change)", ylim=(L + 0.6, 0.4))
+    finish(fig, "dissociation.png")
+
+    fig, axes = panels(1, len(chosen), 0.16 * L + 1.8)  # contribution over time
+    for name, ax in zip(chosen, axes[0]):
+        own = [r for r in probes if r["domain"] == name and r["t"]]
+        grid = [[float(r["foga"]) for r in own if r["step"] == own[-1]["step"] and r["layer"] == str(k)] for k in range(1, L + 1)]
+        image = ax.imshow(grid, aspect="auto", cmap="viridis", extent=(0, 1, L + 0.5, 0.5))
+        ax.set(title=f"{name}, step {own[-1]['step']}", xlabel="t (0: noise, 1: data)", xticks=PROBE_TIMES, ylabel="layer",
+               yticks=range(1, L + 1, 1 + L // 16))
+        fig.colorbar(image, label="FoG-A (relative change)")
+    finish(fig, "foga.png")
+
+    fig, [[ax]] = panels(1, 1, 3.4)
+    for key, style, text in (("fm", "-", "flow matching"), ("val_fm", "o-", "flow matching, held out"), ("bitc", "--", "BiT-C"), ("align", ":", "alignment")):
+        line = [(int(r["step"]), float(r[key])) for r in log if r[key]]
+        ax.plot(*zip(*line or [(0, np.nan)]), style, markersize=3, label=text)
+    switch = max(int(r["step"]) for r in log if r["phase"] == "1")
+    ax.axvline(switch, color="grey", linewidth=1)
+    ax.text(switch, 0.97, " layers chosen", transform=ax.get_xaxis_transform(), va="top", fontsize=8)
+    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    ax.legend(fontsize=8)
+    finish(fig, "loss.png")
+
+    sounds = [name for name in chosen if (here / f"sample-{name}.wav").exists()]
+    if sounds:
+        import soundfile
+        fig, axes = panels(2, len(sounds), 4, sharex="col")
+        for name, column in zip(sounds, axes.T):
+            for ax, kind, text in zip(column, ("target", "sample"), ("real", "generated")):
+                wave = torch.from_numpy(soundfile.read(here / f"{kind}-{name}.wav", dtype="float32")[0])[None]
+                image = ax.imshow(log_mel(wave)[0].T, origin="lower", aspect="auto", cmap="magma", vmin=-9, vmax=3, extent=(0, wave.shape[1] / RATE, 0, N_MELS))
+                ax.set(title=f"{name}: {text}", ylabel="mel bin", xlabel="time (s)" if kind == "sample" else None)
+        fig.colorbar(image, ax=axes, label="log magnitude")
+        finish(fig, "mel.png")
+    return made
 
 
 # ---- 13. Command line ------------------------------------------------------------------------------------------------
 
-TOY = dict(layers=6, dim=128, heads=4, seconds=1.92, batch_size=16, steps=300, lr=2e-3, teacher="MFCC", units=64,
-           probe_steps=90, probe_every=15, eval_every=50)
-
+TOY = dict(layers=6, dim=128, heads=4, seconds=1.92, batch_size=16, steps=240, lr=2e-3, teacher="MFCC", units=64,
+           probe_steps=90, probe_every=15, eval_every=40)
 
 def settings(given):
-    """Flags given on the command line -> Config and the checkpoint to resume. Prepares folders of audio."""
+    """Flags of the command line -> Config, and the checkpoint to resume. Prepares folders of audio."""
     import data_prep
-    stored, resume, first_rank = {}, None, int(os.environ.get("RANK", 0)) == 0
-    if given.get("resume"):
-        folder = Path(given.get("out", ""))
-        if not given.get("out") or not (folder / "config.json").exists():
+    stored, resume, out = {}, None, Path(given.get("out", ""))
+    if "resume" in given:
+        if "out" not in given or not (out / "config.json").exists():
             raise ValueError(f"--resume: no run in --out {given.get('out', '')!r}")
-        stored = json.loads((folder / "config.json").read_text())
-        found = [p for p in (folder / "last.pt", folder / "previous.pt") if p.exists()]
+        stored = json.loads((out / "config.json").read_text())
+        found = [p for p in (out / "last.pt", out / "previous.pt") if p.exists()]
         resume = load_checkpoint(found[0]) if found else None
-    elif not given.get("data"):
+    elif "data" not in given:
         toy = {k: v for k, v in TOY.items() if k not in given}
         print("toy corpus; a small model: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items()))
         given = {**toy, **given, "data": data_prep.toy(Path(given.get("cache", Config.cache)) / "toy-audio")}
     config = Config(**{**stored, **given})
     config.check()
-    data = [data_prep.prepared(folder, config, given) for folder in config.data]
-    config = dataclasses.replace(config, data=[str(d) for d in data])
-    free = {"device", "compile", "eval_every", "save_every", "resume", "cache", "out", "dtype"}
-    for k in (set(given) & set(stored)) - free:
+    config.data = [str(data_prep.prepared(folder, config, given)) for folder in config.data]
+    for k in (set(given) & set(stored)) - set("device dtype compile eval_every save_every resume cache out".split()):
         if getattr(config, k) != stored[k]:
-            raise ValueError(f"--resume: {config.out} was run with --{k.replace('_', '-')} {stored[k]}, not {getattr(config, k)}")
+            raise ValueError(f"--resume: {out} was run with --{k.replace('_', '-')} {stored[k]}, not {getattr(config, k)}")
     if not config.out:
-        name = "+".join(json.loads((Path(d) / "meta.json").read_text())["name"] for d in config.data)
+        name = "+".join(BlockDataset(d).meta["name"] for d in config.data)
         config.out = str(next(p for i in itertools.count(1) if not (p := Path("runs", f"{name}-{i}")).exists()))
-    if first_rank and not stored and Path(config.out).exists() and any(Path(config.out).iterdir()):
-        raise ValueError(f"--out {config.out}: holds a run already; --resume goes on with it, another --out starts a new one")
+    if not stored and int(os.environ.get("RANK", 0)) == 0 and Path(config.out).exists() and any(Path(config.out).iterdir()):
+        raise ValueError(f"--out {config.out}: not empty; --resume goes on with a run, another --out starts a new one")
     return config, resume
 
+def write_wave(path, wave):
+    import soundfile
+    soundfile.write(f"{path}.part", (wave / wave.abs().max().clamp(min=1)).cpu().numpy(), RATE, format="WAV")
+    os.replace(f"{path}.part", path)
+
+def finish_run(folder, device):
+    """A run's end: a held-out clip of each domain, generated beside real, through the same vocoder; and the figures."""
+    state, config, model = restore(folder / "last.pt", device)
+    for d, (name, data) in enumerate(zip(state["names"], map(BlockDataset, config.data))):
+        u = len(data.offsets) - 2  # the longest held out: they stand in order of length
+        n = min(60, int(data.offsets[-1] - data.offsets[-2]))
+        mel, ids = (torch.from_numpy(x).to(device) for x in data.clip(u, 0, n)[:2])
+        p = max(1, min(n, int(0.3 * config.blocks)))
+        made = resynthesise(model, ids, mel[:p * FRAMES], ids[:p * len(ids) // n], d, config.blocks)
+        for kind, x in (("sample", made), ("target", mel)):
+            write_wave(folder / f"{kind}-{name}.wav", mel_to_wave(x[None] * data.meta["mel_std"] + data.meta["mel_mean"])[0])
+    print(f"sound, generated and real: {folder}/sample-*.wav, {folder}/target-*.wav")
+    try:
+        print("pictures:", *figures(folder))
+    except ValueError as error:
+        print(error)
+
+def resound(path, ask, named, device):
+    """--sample: the tokens of --input, sounded again in the voice of --prompt."""
+    import data_prep
+    state, config, model = restore(path, device)
+    name = ask.get("domain", state["names"][0])
+    if not {"input", "output"} <= set(ask) or name not in state["names"]:
+        raise ValueError(f"--sample needs --input FILE, --output FILE.wav, and a --domain of {', '.join(state['names'])}")
+    if os.path.exists(ask["output"]):
+        raise ValueError(f"--output {ask['output']}: exists already; nothing is overwritten")
+    d = state["names"].index(name)
+    meta, n = state["domains"][d], config.blocks
+    _, listener = teachers(meta, named, device)
+    mel, ids = data_prep.understand(ask["input"], meta, listener, device)
+    prompt, prompt_ids = data_prep.understand(ask["prompt"], meta, listener, device) if "prompt" in ask else (mel, ids)
+    p = min(len(prompt) // FRAMES, max(1, int(0.3 * n)))
+    made = resynthesise(model, ids, prompt[:p * FRAMES], prompt_ids[:p * TEACHER_FRAMES * meta["codebooks"]], d, n, seed=ask.get("seed", 0),
+                        **{k: ask[k] for k in ("nfe", "guidance", "sway") if k in ask})
+    write_wave(ask["output"], mel_to_wave(made[None] * meta["mel_std"] + meta["mel_mean"], ask.get("vocoder", "griffinlim"))[0])
+    print(f"{ask['output']}: {len(made) / FRAMES * BLOCK:.2f} s")
+
+def probe_again(path, device):
+    """--probe: a checkpoint's stores and contributions, beside the layers that phase I chose."""
+    state, config, model = restore(path, device)
+    model.load_state_dict(state["model"]), model.requires_grad_(True)
+    bitc = nn.ModuleList(BiTC(config.dim, m["dim"]) for m in state["domains"]).to(device)
+    bitc.load_state_dict(state["bitc"])
+    data = [BlockDataset(folder, config.raw_teacher) for folder in config.data]
+    scores = [probe(model, bitc, make_batch(data, config, PROBE_CLIPS, domains=[d], device=device), d) for d in range(len(data))]
+    found, out = [dict(step=state["step"], scores=scores)], Path(path).parent / f"probe-{state['step']}"
+    now = [choose(dataclasses.replace(config, probe_steps=1), found, d, name) for d, name in enumerate(state["names"])]
+    for name, a, b in zip(state["names"], state["chosen"] or [], now):
+        print(f"{name}: {len(set(a['layers']) & set(b['layers']))} of {len(a['layers'])} layers are those chosen after phase I, {a['layers']}")
 
 def add_flags(parser, names):
     for f in (f for f in dataclasses.fields(Config) if f.name in names):
@@ -907,19 +1081,39 @@ def add_flags(parser, names):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, **{**f.metadata, "help": text})
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     add_flags(parser, [f.name for f in dataclasses.fields(Config)])
+    other = parser.add_argument_group("instead of training").add_argument
+    other("--sample", metavar="CKPT", help="sound --input again from its tokens, into --output")
+    other("--input", metavar="FILE"), other("--output", metavar="FILE.wav")
+    other("--prompt", metavar="FILE", help="whose voice (default: the input's first seconds)")
+    other("--domain", help="default: the checkpoint's first")
+    other("--nfe", type=int, help="Euler steps (default: 32)"), other("--guidance", type=float, help="default: 3; 1 is off")
+    other("--sway", type=float, help="default: -1"), other("--vocoder", choices=("griffinlim", "vocos"), help="default: griffinlim")
+    other("--evaluate", metavar="CKPT", help="metrics on held-out audio"), other("--probe", metavar="CKPT", help="store and contribute, now")
+    other("--figures", nargs="+", metavar="RUN", help="draw a run, or compare several")
     given = vars(parser.parse_args())
     try:
-        config, resume = settings(given)
-        train(config, resume)
+        device, named = launch(Config(device=given.get("device", "auto")))[2], [given.get("teacher"), given.get("units_teacher")]
+        if "sample" in given:
+            resound(given["sample"], given, named, device)
+        elif "evaluate" in given:
+            for name, row in evaluate(given["evaluate"], named, device).items():
+                print(name, *(f"  {k:20} {v:.5g}" for k, v in row.items()), sep="\n")
+        elif "probe" in given:
+            probe_again(given["probe"], device)
+        elif "figures" in given:
+            print(*figures(*given["figures"]), sep="\n")
+        else:
+            config, resume = settings(given)
+            train(config, resume)
+            if int(os.environ.get("RANK", 0)) == 0:
+                finish_run(Path(config.out), device)
     except (ValueError, OSError) as error:
         sys.exit(print(f"agrepa.py: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nstopped; --out RUN --resume goes on from its last checkpoint", file=sys.stderr) or 130)
-
 
 if __name__ == "__main__":
     main()

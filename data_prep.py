@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import agrepa
-from agrepa import BLOCK, FRAMES, N_MELS, RATE, TEACHER_FRAMES, TEACHER_RATE, Config, Teacher, log_mel
+from agrepa import BLOCK, FRAMES, N_MELS, RATE, TEACHER_FRAMES, TEACHER_RATE, Config, Teacher, assign, log_mel, slow, tokenise
 
 AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .sph".split())
 WINDOW = 160  # blocks, 25.6 s: longer files are cut (attention is quadratic, Whisper sees 30 s)
@@ -37,7 +37,7 @@ def resample(wave, rate, new):
 
 
 def read(path, start=0, blocks=None):
-    """Blocks of a file, mono: waveform at 16 kHz [n x 2560] and at 24 kHz [n x 3840]. Raises ValueError with the reason."""
+    """Blocks of a file, mono: waveform at 16 kHz [n x 2560], at 24 kHz [n x 3840], and the file's rate. Raises ValueError with the reason."""
     import soundfile
     try:
         with soundfile.SoundFile(path) as f:
@@ -56,7 +56,7 @@ def read(path, start=0, blocks=None):
     wave = torch.from_numpy(wave)
     fit = lambda x, n: F.pad(x, (0, max(0, n - len(x))))[:n]
     return (fit(resample(wave, rate, TEACHER_RATE), round(blocks * BLOCK * TEACHER_RATE)),
-            fit(resample(wave, rate, RATE), round(blocks * BLOCK * RATE)))
+            fit(resample(wave, rate, RATE), round(blocks * BLOCK * RATE)), rate)
 
 
 def list_audio(folder):
@@ -114,13 +114,22 @@ def hold_out(usable):
     return held or ({min(usable, key=usable.get)} if len(usable) > 1 else set())
 
 
+def understand(path, meta, listener, device):
+    """A file for sampling: its mel [n x 15, M], normalised, and its ids [n x 8 x codebooks], by a checkpoint's own units."""
+    try:
+        wave, wave24, rate = read(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if rate < TEACHER_RATE:
+        print(f"note: {path} is sampled at {rate} Hz: nothing above {rate // 2} Hz is there to be heard")
+    mel = log_mel(wave24[None].to(device))
+    heard = torch.cat([listener(w[None].to(device)) for w in wave.split(WINDOW * 2560)], 1)
+    ids = tokenise(heard, mel, meta["centroids"].to(device), meta["codebooks"])[0]
+    codebook = torch.arange(len(ids), device=device) % meta["codebooks"] * meta["units"]
+    return (mel[0] - meta["mel_mean"]) / meta["mel_std"], ids + codebook
+
+
 # ---- units -----------------------------------------------------------------------------------------------------------
-
-def assign(x, centroids):
-    """Nearest centroid of each row: x [n, d], centroids [k, d] -> [n]."""
-    square = centroids.square().sum(1)
-    return torch.cat([(square - 2 * part @ centroids.T).argmin(1) for part in x.split(16384)])
-
 
 def k_means(x, k, rounds=12):
     """Lloyd's algorithm from k of the rows. x [n, d] -> [k, d]."""
@@ -240,7 +249,7 @@ def prepare(folder, out, config, name=None):
 
     def load(window):
         try:
-            wave, wave24 = read(folder / window[0], *window[1:])
+            wave, wave24, _ = read(folder / window[0], *window[1:])
             return wave, log_mel(wave24[None])[0]
         except ValueError as error:
             return str(error)
@@ -256,16 +265,13 @@ def prepare(folder, out, config, name=None):
         wave = torch.stack([w for w, _ in good]).to(device)
         mel = torch.stack([m for _, m in good])  # [b, n x 15, M]
         feats = teacher(wave)  # [b, n x 8, dim]
-        heard = [(feats if listener is teacher else listener(wave)).half()]
-        if config.codebooks == 2:  # dense acoustics: the mel itself at the rate of the tokens
-            heard.append(F.interpolate(mel.transpose(1, 2), feats.shape[1], mode="area").transpose(1, 2).half().to(device))
+        heard = (feats if listener is teacher else listener(wave)).half()  # what units are assigned from
         pooled = feats.float().unflatten(1, (-1, TEACHER_FRAMES)).mean(2).cpu()
-        return list(zip(mel, pooled, zip(*heard)))
+        return list(zip(mel, pooled, heard))
 
     def put(utterances, training):
         for mel, pooled, heard in utterances:
-            ids = [assign(x.float(), c) for x, c in zip(heard, centroids.split([x.shape[1] for x in heard], 1))]
-            tokens = agrepa.interleave(*ids).view(len(pooled), -1).cpu()
+            tokens = tokenise(heard[None], mel[None].to(device), centroids, config.codebooks)[0].view(len(pooled), -1).cpu()
             mel16 = mel.half()
             rows.write(state["rows"], mel=mel16.unflatten(0, (-1, FRAMES)).numpy(), teacher=pooled.half().numpy(), tokens=tokens.numpy())
             state["rows"] += len(pooled)
@@ -293,8 +299,10 @@ def prepare(folder, out, config, name=None):
             if i < sampled:
                 sample += found
                 if i == sampled - 1:
-                    parts = zip(*(h for _, _, h in sample))
-                    centroids = torch.cat([k_means(torch.cat(x).float(), config.units) for x in parts], 1)
+                    streams = [torch.cat([h for *_, h in sample])]
+                    if config.codebooks == 2:
+                        streams.append(torch.cat([slow(m[None], len(h))[0].to(h) for m, _, h in sample]))
+                    centroids = torch.cat([k_means(x.float(), config.units) for x in streams], 1)
                     np.save(part / "units.npy", centroids.cpu().numpy())
                     put(sample, True)
                     sample.clear()
