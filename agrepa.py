@@ -751,7 +751,7 @@ def train(config, resume=None):
     sums = torch.zeros(5, device=device)  # of loss, fm, bitc, align, and how many steps
 
     def add_heads():  # known only now, phase II's own parameters join the optimiser
-        torch.manual_seed(config.seed + 1)
+        torch.manual_seed(config.seed + 1)  # alike on every rank
         heads.extend(AlignmentHeads(c["layers"], config.dim, d.dim).to(device) for c, d in zip(chosen, data))
         for group in groups(heads):
             opt.add_param_group(group)

@@ -204,17 +204,18 @@ def test_probing_does_not_change_the_training_trajectory(folders, tmp_path):
     assert all(torch.equal(x, y) for (_, x), (_, y) in zip(tensors(a["model"]), tensors(b["model"])))
 
 
-def test_padding_changes_nothing(folders):
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_padding_changes_nothing(folders, codebooks):
     """A short clip in a long batch: velocity, pools and scores as if it stood alone."""
-    config, data, model, bitc = setting(folders, 2)
+    config, data, model, bitc = setting(folders, codebooks)
     model.eval()
-    long, n = make_batch(data, config, 6, domains=[1]), None
+    long = make_batch(data, config, 6, domains=[1])
     i = int(long.cond.mask.sum(1).argmin())
     n = int(long.cond.mask[i].sum())
     assert n < config.blocks
     cut = lambda x, m: x[i:i + 1, :m]
     c = long.cond
-    alone = Condition(cut(c.tokens, n * 16), cut(c.ref, n * 15), c.domain[i:i + 1], c.keep[i:i + 1])
+    alone = Condition(cut(c.tokens, n * 8 * codebooks), cut(c.ref, n * 15), c.domain[i:i + 1], c.keep[i:i + 1])
     v, v_k = model.ablate_each_layer(long.x0, long.t, c)
     w, w_k = model.ablate_each_layer(cut(long.x0, n * 15), long.t[i:i + 1], alone)
     assert torch.allclose(v[i, :n * 15], w[0], atol=1e-5) and not v[i, n * 15:].any()
@@ -248,7 +249,7 @@ def test_interleave_order():
 def test_selection():
     layers, lam = select_layers([0.1, 0.4, 0.2, 0.4, 0.0], 3)
     assert layers == [2, 4, 3] and np.allclose(lam, [0.4, 0.4, 0.2]) and np.isclose(sum(lam), 1)
-    assert select_layers([0.5] * 6, 3)[0] == [1, 2, 3]
+    assert select_layers([0.5] * 64, 5)[0] == [1, 2, 3, 4, 5]
     assert select_layers([-0.3, -0.1, -0.2], 2, equal=True) == ([2, 3], [0.5, 0.5])
     for bad, word in (([0.1, float("nan")], "finite"), ([0.1], "can't choose"), ([0.0, 0.0], "adaLN-Zero")):
         with pytest.raises(ValueError, match=word):
@@ -424,6 +425,7 @@ def test_draws_do_not_depend_on_the_processes(folders):
     assert not torch.equal(whole.x0, make_batch(data, config, 4, 8).x0)
     held = make_batch(data, config, 4), make_batch(data, dataclasses.replace(config, seed=3), 4)
     assert torch.equal(held[0].x0, held[1].x0) and torch.equal(held[0].cond.tokens, held[1].cond.tokens)
+    assert make_batch(data, config, 16).t[:16].sort().values.diff().max() < 0.1  # held-out times are spread evenly
 
 
 def test_reference_prefix_and_dropping_rates(folders):
@@ -468,6 +470,14 @@ def test_strategies_differ_only_from_the_selection_on(folders, tmp_path):
 
 
 def test_align_until_and_block_targets(folders, tmp_path):
+    config, data, model, bitc = setting(folders)
+    heads, chosen = nn.ModuleList([AlignmentHeads([2], 32, data[0].dim)]), [dict(layers=[2], weights=[1.0])]
+    batch = make_batch(data[:1], config, 4, 1)
+    with capture(model.layers, [2]) as hidden:
+        model(*flow_path(batch.x0, batch.x1, batch.t)[:1], batch.t, batch.cond)
+    for pool, target in (("clip", pool_teacher(batch.blocks[0], batch.cond.mask)), ("block", batch.blocks[0])):
+        expected = agrepa_loss(hidden, heads[0], target, {2: 1.0}, spread(batch.cond.mask, 90)).mean()
+        assert torch.allclose(losses(model, bitc[:1], heads, chosen, batch, tiny(align_pool=pool))[2], expected)
     run(tiny(data=folders[1], align_until=8, align_pool="block"), tmp_path / "run")
     assert [r["align"] != "" for r in table(tmp_path / "run" / "log.csv")] == [False, False, False, True, False]
 
