@@ -711,6 +711,9 @@ def build(config, domains):
     """domains: the meta of each."""
     return VelocityModel(config.layers, config.dim, config.heads, config.dropout, [m["units"] * m["codebooks"] for m in domains])
 
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
 def write_text(path, text):
     Path(f"{path}.part").write_text(text)
     os.replace(f"{path}.part", path)
@@ -805,11 +808,11 @@ def train(config, resume=None):
                     raise ValueError(f"no finite gradient since step {line[1]}: lower --lr {config.lr:g}, or --dtype float32")
                 pace, line = (time.time() - line[0]) / max(1, step - line[1]), (time.time(), step)
                 mean = [f"{x:.5f}" if count and (aligning or i < 3) else "" for i, x in enumerate(mean)]
-                speed, left = batch.x1[..., 0].numel() * world / pace, int(pace * (config.steps - step))
+                speed = batch.x1[..., 0].numel() * world / pace
                 log.append([step, 1 + (step > warm), *mean, f"{val:.5f}", f"{lr(step):.3e}", f"{speed:.0f}", f"{time.time() - began:.1f}"])
                 write_table(out / "log.csv", "step phase loss fm bitc align val_fm lr frames_per_s seconds", log)
                 print("step {:6d}  loss {:>7.7}  fm {:>7.7}  bitc {:>7.7}  align {:>7.7}  held out {:7.7}  lr {}".format(step, *[x or "-" for x in log[-1][2:8]])
-                      + (f"  {speed:.0f} frames/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if count else ""), flush=True)
+                      + (f"  {speed:.0f} frames/s  {clock(pace * (config.steps - step))} left" if count else ""), flush=True)
                 sums.zero_()
             if rank == 0 and step and (step % config.save_every == 0 or switch or end):
                 domains = [{**{k: v for k, v in d.meta.items() if k != "skipped"}, "centroids": torch.tensor(np.array(d.units))} for d in data]
@@ -876,6 +879,8 @@ def evaluate(path, named=(), device="cpu"):
     for d, (name, meta) in enumerate(zip(state["names"], state["domains"])):
         (teacher, listener), dim = teachers(meta, named, device), meta["dim"]
         clips = min(max(64, 3 * dim // max(1, n - p)), int(data[d].offsets[-1] - data[d].offsets[data[d].train]) // n)
+        if clips * (n - p) <= dim:  # even if all were real
+            raise ValueError(f"{name}: {clips} held-out clips give no covariance of {dim} features; hold out more audio")
         held, other = (make_batch(data, config, clips, step, domains=[d], device=device) for step in (None, 0))
         after = torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES
         x_t, u = flow_path(held.x0, held.x1, held.t)
@@ -894,7 +899,7 @@ def evaluate(path, named=(), device="cpu"):
             return x.flatten(0, 1) if mask is None else x[mask[:, p:]]
         (rows, units), (fake, heard) = hear(held.x1, held.cond), hear(torch.where(after, made, held.x1), held.cond)
         if len(rows) <= dim:
-            raise ValueError(f"{name}: {len(rows)} held-out blocks can't give a covariance of {dim} features; prepare more audio")
+            raise ValueError(f"{name}: {len(rows)} held-out blocks give no covariance of {dim} features; hold out more audio")
         real, _ = hear(other.x1, other.cond)
         truth = blocks(held.cond.tokens[:, ::meta["codebooks"]], held.cond.mask)
         found[name] = dict(clips=clips, rows=len(rows), flow_matching_loss=fm, frechet=frechet(fake, rows), frechet_floor=frechet(real, rows),
@@ -903,14 +908,36 @@ def evaluate(path, named=(), device="cpu"):
     write_text(Path(path).parent / "metrics.json", json.dumps(found, indent=1))
     return found
 
-def figures(*folders):
-    """PNGs of a run from its tables and sounds, into its folder; of several, one that compares them. -> paths"""
+def pyplot():
     try:
         import matplotlib
     except ImportError:
         raise ValueError("figures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    return importlib.import_module("matplotlib.pyplot")
+
+def panels(rows, columns, height, **kw):
+    return pyplot().subplots(rows, columns, figsize=(min(max(6.5, 4.4 * columns), 10), height), squeeze=False, layout="constrained", **kw)
+
+def draw_layers(entries, path):
+    """Store beside contribute, a pair of panels a domain; entries: layers.json's."""
+    L = len(next(iter(entries.values()))["foga"])
+    fig, axes = panels(1, 2 * len(entries), 0.2 * L + 1.4, sharey=True)
+    for (name, entry), (store, contribute) in zip(entries.items(), axes[0].reshape(-1, 2)):
+        store.barh(range(1, L + 1), entry["lasp"], color="#e0a030", hatch="//", edgecolor="white")
+        bars = contribute.barh(range(1, L + 1), entry["foga"], color="#b4c4d4")
+        for k, lam in zip(entry["layers"], entry["weights"]):
+            bars[k - 1].set_color("#1f4e79")
+            contribute.text(entry["foga"][k - 1], k, f" $\\lambda$ {lam:.2f}", va="center", fontsize=8)
+        contribute.margins(x=0.3)
+        store.set(title=f"{name}\nstores", xlabel="LASP (cosine)", yticks=range(1, L + 1), ylabel="layer")
+        contribute.set(title=f"{name}\ncontributes; dark: chosen", xlabel="FoG-A (relative change)", ylim=(L + 0.6, 0.4))
+    fig.savefig(path, dpi=100)
+    return path
+
+def figures(*folders):
+    """PNGs of a run from its tables and sounds, into its folder; of several, one that compares them. -> paths"""
+    plt = pyplot()
     made, here = [], Path(folders[0])
 
     def read(folder, name):
@@ -919,9 +946,6 @@ def figures(*folders):
                 return json.load(f) if name.endswith("json") else list(csv.DictReader(f))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: not the folder of a run past its phase I ({error})") from None
-
-    def panels(rows, columns, height, **kw):
-        return plt.subplots(rows, columns, figsize=(min(4.4 * columns, 10), height), squeeze=False, layout="constrained", **kw)
 
     def finish(fig, name):
         made.append(here / name)
@@ -941,18 +965,7 @@ def figures(*folders):
         return made
     chosen, log, probes = read(here, "layers.json"), read(here, "log.csv"), read(here, "probe.csv")
     L = len(next(iter(chosen.values()))["foga"])
-    fig, axes = panels(1, 2 * len(chosen), 0.2 * L + 1.4, sharey=True)  # store beside contribute
-    for (name, entry), (store, contribute) in zip(chosen.items(), axes[0].reshape(-1, 2)):
-        store.barh(range(1, L + 1), entry["lasp"], color="#e0a030", hatch="//", edgecolor="white")
-        bars = contribute.barh(range(1, L + 1), entry["foga"], color="#b4c4d4")
-        for k, lam in zip(entry["layers"], entry["weights"]):
-            bars[k - 1].set_color("#1f4e79")
-            contribute.text(entry["foga"][k - 1], k, f" $\\lambda$ {lam:.2f}", va="center", fontsize=8)
-        contribute.margins(x=0.3)
-        store.set(title=f"{name}\nstores", xlabel="LASP (cosine)", yticks=range(1, L + 1), ylabel="layer")
-        contribute.set(title=f"{name}\ncontributes; dark: chosen", xlabel="FoG-A (relative change)", ylim=(L + 0.6, 0.4))
-    finish(fig, "dissociation.png")
-
+    made.append(draw_layers(chosen, here / "dissociation.png"))
     fig, axes = panels(1, len(chosen), 0.16 * L + 1.8)  # contribution over time
     for name, ax in zip(chosen, axes[0]):
         own = [r for r in probes if r["domain"] == name and r["t"]]
@@ -1049,6 +1062,8 @@ def resound(path, ask, named, device):
     name = ask.get("domain", state["names"][0])
     if not {"input", "output"} <= set(ask) or name not in state["names"]:
         raise ValueError(f"--sample needs --input FILE, --output FILE.wav, and a --domain of {', '.join(state['names'])}")
+    if ask.get("nfe", 1) < 1:
+        raise ValueError(f"--nfe {ask['nfe']}: needs a step at least")
     if os.path.exists(ask["output"]):
         raise ValueError(f"--output {ask['output']}: exists already; nothing is overwritten")
     d = state["names"].index(name)
@@ -1070,10 +1085,11 @@ def probe_again(path, device):
     bitc.load_state_dict(state["bitc"])
     data = [BlockDataset(folder, config.raw_teacher) for folder in config.data]
     scores = [probe(model, bitc, make_batch(data, config, PROBE_CLIPS, domains=[d], device=device), d) for d in range(len(data))]
-    found, out = [dict(step=state["step"], scores=scores)], Path(path).parent / f"probe-{state['step']}"
+    found = [dict(step=state["step"], scores=scores)]
     now = [choose(dataclasses.replace(config, probe_steps=1), found, d, name) for d, name in enumerate(state["names"])]
     for name, a, b in zip(state["names"], state["chosen"] or [], now):
-        print(f"{name}: {len(set(a['layers']) & set(b['layers']))} of {len(a['layers'])} layers are those chosen after phase I, {a['layers']}")
+        print(f"{name}: {len(set(a['layers']) & set(b['layers']))} of the {len(a['layers'])} layers chosen after phase I, {a['layers']}, are chosen now")
+    print(draw_layers(dict(zip(state["names"], now)), Path(path).parent / f"probe-{state['step']}.png"))
 
 def add_flags(parser, names):
     for f in (f for f in dataclasses.fields(Config) if f.name in names):

@@ -23,7 +23,7 @@ AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf6
 WINDOW = 160  # blocks, 25.6 s: longer files are cut (attention is quadratic, Whisper sees 30 s)
 BATCH = 600  # blocks, 96 s of equal lengths to the teacher at once
 SAMPLE = 40  # teacher frames a unit to fit k-means on
-SAVE_SECONDS = 30  # between notes of progress
+SAVE_SECONDS, SAY_SECONDS = 30, 5  # between notes of progress on disk, and lines of it
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def prepare(folder, out, config, name=None):
             if i >= sampled and now - saved > SAVE_SECONDS:
                 keep_progress(i + 1)
                 saved = now
-            if now - said > 5:
+            if now - said > SAY_SECONDS:
                 audio = (state["rows"] - done_before + sum(len(p) for _, p, _ in sample)) * BLOCK
                 left = (total - done_before * BLOCK - audio) * (now - began) / max(audio, 1e-9)
                 print(f"  {(done_before * BLOCK + audio) / 3600:.2f} of {total / 3600:.2f} h, {audio / (now - began):.0f} x real time, "

@@ -1,5 +1,5 @@
 """python -m pytest: what a user of agrepa.py relies on. No network, no checkpoint; a few minutes on two cores."""
-import copy, csv, json, os, subprocess, sys
+import copy, csv, json, os, re, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -622,7 +622,7 @@ def test_held_out_share_and_folders():
 def test_interrupted_preparation_goes_on(tmp_path, audio, monkeypatch):
     config = tiny(units=2)  # the sample for k-means is a part of the whole
     whole = data_prep.prepare(audio / "one", tmp_path / "whole", config)
-    monkeypatch.setattr(data_prep, "BATCH", 20), monkeypatch.setattr(data_prep, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(data_prep, "BATCH", 20), monkeypatch.setattr(data_prep, "SAVE_SECONDS", 0), monkeypatch.setattr(data_prep, "SAY_SECONDS", 0)
     expected = data_prep.prepare(audio / "one", tmp_path / "expected", config)
     real, calls = data_prep.tokenise, []
 
@@ -663,3 +663,256 @@ def test_toy_corpus_is_the_same_each_time(tmp_path):
     assert all(np.isfinite(x).all() and 0.1 < np.abs(x).max() for x in sound)
     files = sorted((tmp_path / "a").rglob("*.wav"))
     assert len(files) == 232 and 0.68 < np.abs(soundfile.read(files[0])[0]).max() < 0.71
+
+
+# ---- sections 9, 12, 13: sound, metrics, figures -----------------------------------------------------------------------
+
+class Straight(nn.Module):
+    """A model whose velocity is the straight line to a known mel: each frame's value is its token's id."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def embed(self, cond):
+        return torch.where(cond.keep[:, None, None], cond.tokens[..., None].float(), 0.0)
+
+    def condition(self, cond, e):
+        self.calls.append("condition")
+        return F.interpolate(e.transpose(1, 2), cond.ref.shape[1], mode="nearest").transpose(1, 2).expand(-1, -1, N_MELS)
+
+    def forward(self, x, t, cond, c):
+        self.calls.append(len(x))
+        return (torch.where(cond.keep[:, None, None], c, x) - x) / (1 - t.view(-1, 1, 1))  # without tokens it stays where it is
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+@pytest.mark.parametrize("sway", [0, -1])
+def test_sampling_along_a_straight_line_arrives(guidance, sway):
+    """With guidance w, v_u + w (v_c - v_u) is w times v_c here; following it ends where the formula says."""
+    model, mel = Straight(), torch.randint(1, 9, (2, 8))
+    cond = Condition(mel, torch.zeros(2, 15, N_MELS), torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool))
+    target, x0 = model.condition(cond, model.embed(cond)), torch.randn(2, 15, N_MELS)
+    model.calls.clear()
+    x1 = sample(model, cond, x0, nfe=7, guidance=guidance, sway=sway)
+    assert model.calls == ["condition"] + [2 if guidance == 1 else 4] * 7  # tokens once, both passes in one batch
+    if guidance == 1:
+        assert torch.allclose(x1, target, atol=1e-4)
+    t = torch.linspace(0, 1, 8)
+    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+    x = x0
+    for a, b in zip(t, t[1:]):
+        x = x + (b - a) * guidance * (target - x) / (1 - a)
+    assert torch.allclose(x1, x, atol=1e-3)
+
+    class Line(Straight):  # tokens or none, the same line: guidance changes nothing
+        def forward(self, x, t, cond, c):
+            return torch.cat([target - x0] * (len(x) // 2))
+    assert torch.allclose(sample(Line(), cond, x0, nfe=5, guidance=guidance, sway=sway), target, atol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 8, 61])
+def test_long_sounds_have_no_seam(blocks):
+    ids = torch.arange(blocks * 8)
+    model, prompt = Straight(), torch.full((2 * 15, N_MELS), 5.0)
+    mel = resynthesise(model, ids, prompt, torch.zeros(16, dtype=torch.long), 0, 9, guidance=1, nfe=4)
+    expected = F.interpolate(ids[None, None].float(), blocks * 15, mode="nearest")[0, 0]
+    assert mel.shape == (blocks * 15, N_MELS) and torch.allclose(mel[:, 3], expected, atol=1e-2)
+    assert max(c for c in model.calls if c != "condition") == max(1, math.ceil((blocks - 7) / 3) + 1)  # windows of 7, every 3
+
+
+def test_mel_to_wave_to_mel():
+    speech = data_prep.speak(np.random.default_rng(0), 120, 1.0, 3.0)
+    wave = torch.from_numpy(speech[:18 * 3840]).float()[None]
+    mel = log_mel(0.3 * wave / wave.abs().max())
+    back = mel_to_wave(mel)
+    assert back.shape == (1, 18 * 3840) and torch.equal(back, mel_to_wave(mel))
+    loud = mel > -7
+    distance = (log_mel(back) - mel)[loud].abs().mean().item()
+    print(f"mean log-spectral distance {distance * 20 / math.log(10):.2f} dB")
+    assert distance < 0.35
+    lag = [(log_mel(back)[:, 5 + k:-5 + k or None] - mel[:, 5:-5]).abs().mean().item() for k in (-2, -1, 0, 1, 2)]
+    assert min(lag) == lag[2]  # not a frame late or early
+
+
+@pytest.fixture(scope="session")
+def finished(folders, tmp_path_factory):
+    """A run to its end, through the command line."""
+    out = tmp_path_factory.mktemp("finished")
+    config = tiny(data=folders[2], codebooks=2, seconds=1.28)
+    argv, sys.argv = sys.argv, ["agrepa.py", *map(str, flags(config)), "--out", str(out / "run")]
+    agrepa.main()
+    sys.argv = argv
+    return out / "run"
+
+
+def call(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["agrepa.py", *map(str, argv)])
+    agrepa.main()
+    return capsys.readouterr().out
+
+
+def test_a_run_ends_with_sound_and_pictures(finished, tmp_path):
+    from matplotlib.image import imread
+    for name in ("one", "two"):
+        for kind in ("sample", "target"):
+            wave, rate = soundfile.read(finished / f"{kind}-{name}.wav")
+            assert rate == 24_000 and len(wave) % 3840 == 0 and np.isfinite(wave).all() and 0 < np.abs(wave).max() <= 1
+    for name in ("dissociation", "foga", "loss", "mel"):
+        image = imread(finished / f"{name}.png")
+        assert image.shape[0] > 150 and 600 <= image.shape[1] <= 1000 and image[..., :3].std() > 0.05, name
+    assert {p.suffix for p in finished.iterdir()} == {".json", ".csv", ".pt", ".wav", ".png"}  # nothing half-written
+
+
+def test_sampling_from_the_command_line(finished, audio, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quiet = tone(tmp_path / "low.wav", 3.3, 8_000)
+    said = call(monkeypatch, capsys, "--sample", finished / "last.pt", "--input", quiet, "--output", "a.wav", "--nfe", 3)
+    assert "8000 Hz" in said and "3.20 s" in said and len(soundfile.read("a.wav")[0]) == 20 * 3840
+    prompt = next((audio / "one").rglob("*.flac"))
+    for out, extra in (("b.wav", ()), ("c.wav", ("--prompt", prompt)), ("d.wav", ("--guidance", 1)), ("e.wav", ("--domain", "two"))):
+        call(monkeypatch, capsys, "--sample", finished / "last.pt", "--input", quiet, "--output", out, "--nfe", 3, *extra)
+    sounds = [Path(x).read_bytes() for x in ("a.wav", "b.wav", "c.wav", "d.wav", "e.wav")]
+    assert sounds[0] == sounds[1] and len(set(sounds)) == 4
+    say = lambda *argv: refused(capsys, monkeypatch, "--sample", finished / "last.pt", *argv)
+    soundfile.write("silent.wav", np.zeros(24_000), 24_000)
+    Path("text.wav").write_text("words")
+    assert "exists already" in say("--input", quiet, "--output", "a.wav") and sounds[0] == Path("a.wav").read_bytes()
+    for argv, word in ((("--input", "silent.wav"), "silent"), (("--input", "text.wav"), "text.wav"), (("--input", "no.wav"), "no.wav"),
+                       (("--input", quiet, "--domain", "three"), "one, two"), (("--input", quiet, "--vocoder", "vocos"), "vocos"),
+                       (("--input", quiet, "--nfe", 0), "--nfe 0")):
+        assert word in say(*argv, "--output", "f.wav"), argv
+    assert not Path("f.wav").exists()
+    Path("cut.pt").write_bytes((finished / "last.pt").read_bytes()[:3000])
+    torch.save({"model": 1}, "other.pt")
+    for name in ("cut.pt", "other.pt", "text.wav", "none.pt"):
+        for mode in ("--sample", "--evaluate", "--probe"):
+            assert name in refused(capsys, monkeypatch, mode, name)
+
+
+def test_evaluate_repeats_itself_and_scores_real_audio_as_real(finished, tmp_path, monkeypatch, capsys):
+    from agrepa import evaluate
+    for i in range(20):
+        tone(tmp_path / "in" / f"{i}.wav", 8, 16_000, seed=i)
+    config = tiny(codebooks=2, seconds=1.28, steps=4, probe_steps=2)
+    config.data = [str(data_prep.prepare(tmp_path / "in", tmp_path / "out", config))]
+    run(config, tmp_path / "run")
+    first, again = evaluate(tmp_path / "run" / "last.pt"), evaluate(tmp_path / "run" / "last.pt")
+    without_time = lambda x: {k: v for k, v in x["in"].items() if k != "real_time_factor"}
+    assert without_time(first) == without_time(again) and json.loads((tmp_path / "run" / "metrics.json").read_text()) == again
+    row = first["in"]
+    assert row["frechet"] > row["frechet_floor"] > 0 and 0 < row["unit_error"] <= 1 and row["rows"] == row["clips"] * 6 > 39
+    monkeypatch.setattr(agrepa, "sample", lambda model, cond, x0, **kw: make_batch([BlockDataset(config.data[0])], config, len(x0)).x1)
+    real = evaluate(tmp_path / "run" / "last.pt")["in"]
+    assert abs(real["frechet"]) < 1e-6 and real["unit_error"] == 0 and real["frechet_floor"] == row["frechet_floor"]
+    assert "give no covariance of 39 features" in refused(capsys, monkeypatch, "--evaluate", finished / "last.pt")
+
+
+def test_frechet_distance_of_known_gaussians():
+    from agrepa import frechet
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((200_000, 2)) * [1, 2]
+    assert abs(frechet(a, a)) < 1e-8 and abs(frechet(a, a * 3 + [3, 4]) - (25 + 4 + 16)) < 1e-6 * 45 + 0.3
+
+
+def test_probe_again_and_figures_again(finished, monkeypatch, capsys):
+    said = call(monkeypatch, capsys, "--probe", finished / "last.pt")
+    assert said.count("chosen now") == 2 and "grad norm" in said and (finished / "probe-12.png").exists()
+    (finished / "loss.png").unlink()
+    assert "loss.png" in call(monkeypatch, capsys, "--figures", finished) and (finished / "loss.png").exists()
+    said = call(monkeypatch, capsys, "--figures", finished, finished)
+    assert "compare.png" in said and said.count("foga") == 2
+    assert "not the folder of a run" in refused(capsys, monkeypatch, "--figures", finished.parent)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in refused(capsys, monkeypatch, "--figures", finished)
+
+
+def test_code_in_a_stored_configuration_is_not_run(audio, tmp_path, monkeypatch, capsys):
+    teacher = tmp_path / "mine.py"
+    teacher.write_text("import torch\nopen(__file__ + '.ran', 'a').write('x')\ndef load():\n    return lambda x: x.unfold(1, 320, 320)[..., ::80]\n")
+    config, spec = tiny(teacher=f"{teacher}:load", steps=4, probe_steps=2), f"{teacher}:load"
+    config.data = [str(data_prep.prepare(audio / "one", tmp_path / "prepared", config))]
+    run(config, tmp_path / "run")
+    ran = (tmp_path / "mine.py.ran").read_text()
+    assert f"--teacher {spec}" in refused(capsys, monkeypatch, "--evaluate", tmp_path / "run" / "last.pt")
+    assert (tmp_path / "mine.py.ran").read_text() == ran
+    call(monkeypatch, capsys, "--evaluate", tmp_path / "run" / "last.pt", "--teacher", spec)
+    assert (tmp_path / "mine.py.ran").read_text() != ran
+
+
+# ---- in other people's models -------------------------------------------------------------------------------------------
+
+def section(n):
+    text = Path(agrepa.__file__).read_text()
+    return re.search(rf"^# ---- {n}\. .*?(?=^# ---- {n + 1}\. )", text, re.S | re.M).group()
+
+
+@pytest.mark.parametrize("n", [4, 5, 6, 7, 8])
+def test_sections_4_to_8_run_when_pasted_alone(n):
+    own = {}
+    exec("import contextlib\nimport torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n" + section(n), own)
+    net, x = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]), torch.randn(2, 5, 4)
+    if n == 4:
+        assert own["bitc_loss"](own["BiTC"](4, 3)(x, torch.randn(2, 3)), torch.tensor([0.5, 0.5])).item() <= 2
+    elif n == 5:
+        assert own["lasp"]({1: x, 2: x}, lambda h, T_x, mask: h.mean((1, 2)), None).shape == (2, 2)
+    elif n == 6:
+        assert torch.equal(own["fog_a"](net, list(net), x), fog_a(net, list(net), x))
+    elif n == 7:
+        assert own["select_layers"]([0.1, 0.3], 1) == ([2], [1.0])
+    else:
+        with own["capture"](net, [2]) as hidden:
+            net(x)
+        own["agrepa_loss"](hidden, own["AlignmentHeads"]([2], 4, 3), torch.randn(2, 3), {2: 1.0}).mean().backward()
+        assert net[1].weight.grad.any() and net[2].weight.grad is None
+
+
+def test_readme_recipes_run_as_they_stand():
+    recipes = [r for r in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)]
+    assert len(recipes) == 3 and all(len(r.strip().splitlines()) <= 15 for r in recipes)
+    for recipe in recipes:
+        if "f5_tts" not in recipe:
+            torch.manual_seed(0)
+            exec(recipe, own := {})
+            assert sorted(own["hidden"]) == sorted(own["layers"]) and np.isclose(sum(own["weights"]), 1) and torch.isfinite(own["loss"])
+
+
+@pytest.mark.parametrize("wrap", ["compiled blocks", "bfloat16", "image", "checkpointed", "wrapped"])
+def test_fog_a_takes_models_as_they_are(wrap):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, h, t):
+            return h + self.f(h) * t[:, None, None, None]
+
+    class Wrapped(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kw):
+            return self.module(*args, **kw)
+
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Block() for _ in range(3))
+    x, t, call = torch.randn(2, 3, 8, 8), torch.rand(2), lambda block, *a: block(*a)
+    expected = fog_a(lambda x, t: blocks[2](blocks[1](blocks[0](x, t), t), t), blocks, x, t)
+    if wrap == "compiled blocks":
+        blocks = [torch.compile(b, backend="eager") for b in blocks]
+    elif wrap == "bfloat16":
+        blocks, x, t = blocks.bfloat16(), x.bfloat16(), t.bfloat16()
+    elif wrap == "checkpointed":
+        from torch.utils.checkpoint import checkpoint
+        call = lambda block, *a: checkpoint(block, *a, use_reentrant=True)
+    elif wrap == "wrapped":
+        blocks = nn.ModuleList(map(Wrapped, blocks))
+
+    def velocity(x, t):
+        for block in blocks:
+            x = call(block, x, t)
+        return x
+    found = fog_a(velocity, blocks, x, t)
+    assert found.shape == (3, 2) and found.dtype == torch.float32
+    assert torch.allclose(found, expected, rtol=0.05 if wrap == "bfloat16" else 1e-4)
