@@ -656,8 +656,8 @@ def probe(model, bitc, batch, d=0):
     model.train(training)
     return torch.stack(out, -1).tolist()
 
-def choose(config, history, d, name):
-    """Domain d's entry of layers.json, from the mean of the probes in phase I's second half; prints the table."""
+def choose(config, history, d, name, say=print):
+    """Domain d's entry of layers.json, from the mean of the probes in phase I's second half; says the table."""
     late = [p["scores"][d] for p in history if p["step"] > config.phase1 / 2]
     foga, store, grad = torch.tensor(late, dtype=torch.float64).mean((0, -1)).tolist()  # [L] each
     lots = torch.rand(config.layers, generator=torch.Generator().manual_seed(1000 * config.seed + d)).tolist()
@@ -669,17 +669,17 @@ def choose(config, history, d, name):
     if layers and (config.weights == "foga" or config.weights == "auto" and config.select == "foga"):  # Eq. 11 among the chosen
         order, share = select_layers([foga[k - 1] for k in layers], len(layers))
         lam = {layers[i - 1]: w for i, w in zip(order, share)}
-    print(f"\n{name}: mean of {len(late)} probes up to step {history[-1]['step']}\nlayer   FoG-A    LASP  grad norm  lambda")
+    say(f"\n{name}: mean of {len(late)} probes up to step {history[-1]['step']}\nlayer   FoG-A    LASP  grad norm  lambda")
     for k, row in enumerate(zip(foga, store, grad), 1):
-        print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + (f"  {lam[k]:6.3f}  chosen" if k in lam else ""))
+        say("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + (f"  {lam[k]:6.3f}  chosen" if k in lam else ""))
     if config.select == "foga":
         *_, last, following = sorted([0.0, *foga], reverse=True)[:config.top_k + 1]
-        print(f"margin: layer {layers[-1]} is {last / max(following, 1e-12) - 1:.1%} above the next")
+        say(f"margin: layer {layers[-1]} is {last / max(following, 1e-12) - 1:.1%} above the next")
         tops = [select_layers(torch.tensor(p["scores"][d][0]).mean(1), config.top_k, True)[0] for p in history[-3:]]
         common = [len(set(top) & set(layers)) for top in tops]
-        print(f"of these {config.top_k} layers, the last probes each have {', '.join(map(str, common))} in their top {config.top_k}")
+        say(f"of these {config.top_k} layers, the last probes each have {', '.join(map(str, common))} in their top {config.top_k}")
         if min(common) < config.top_k:
-            print("warning: the ranking was still moving; more --probe-steps would settle it")
+            say("warning: the ranking was still moving; more --probe-steps would settle it")
     return dict(layers=list(lam), weights=list(lam.values()), foga=foga, lasp=store)
 
 def launch(config):
@@ -792,8 +792,7 @@ def train(config, resume=None):
                         [p["step"], name, k, t, *(f"{x:.6g}" for x in row)] for p in history for name, scores in zip(names, p["scores"])
                         for k, s in enumerate(zip(*scores), 1) for t, *row in [*zip(PROBE_TIMES, *s), ("", *map(np.mean, s))]])
             if switch:  # phase I is over: the layers are chosen, once
-                with contextlib.redirect_stdout(sys.stdout if rank == 0 else open(os.devnull, "w")):
-                    chosen = [choose(config, history, d, name) for d, name in enumerate(names)]
+                chosen = [choose(config, history, d, name, print if rank == 0 else lambda text: None) for d, name in enumerate(names)]
                 if world > 1:
                     dist.broadcast_object_list(chosen)
                 add_heads()
@@ -875,13 +874,13 @@ def evaluate(path, named=(), device="cpu"):
     from torchaudio.functional import resample
     (state, config, model), found = restore(path, device), {}
     n, p = config.blocks, max(1, int(0.3 * config.blocks))
-    data = [BlockDataset(folder, config.raw_teacher) for folder in config.data]
+    data, same = [BlockDataset(folder, config.raw_teacher) for folder in config.data], dataclasses.replace(config, seed=0)
     for d, (name, meta) in enumerate(zip(state["names"], state["domains"])):
         (teacher, listener), dim = teachers(meta, named, device), meta["dim"]
         clips = min(max(64, 3 * dim // max(1, n - p)), int(data[d].offsets[-1] - data[d].offsets[data[d].train]) // n)
         if clips * (n - p) <= dim:  # even if all were real
             raise ValueError(f"{name}: {clips} held-out clips give no covariance of {dim} features; hold out more audio")
-        held, other = (make_batch(data, config, clips, step, domains=[d], device=device) for step in (None, 0))
+        held, other = (make_batch(data, same, clips, step, domains=[d], device=device) for step in (None, 0))
         after = torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES
         x_t, u = flow_path(held.x0, held.x1, held.t)
         fm = flow_matching_loss(model(x_t, held.t, held.cond), u, held.scored).mean().item()

@@ -7,7 +7,7 @@
 The audio is only read. WAV, FLAC, OGG, MP3 and whatever else libsndfile opens, of any rate and channel count, from
 one block up; what can't be used is skipped, and listed with the reason in meta.json.
 """
-import argparse, collections, hashlib, json, math, os, shutil, sys, time
+import argparse, collections, contextlib, hashlib, json, math, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -42,6 +42,8 @@ def read(path, start=0, blocks=None):
     try:
         with soundfile.SoundFile(path) as f:
             rate, blocks = f.samplerate, blocks or int(f.frames / f.samplerate / BLOCK + 1e-6)
+            if blocks < 1:
+                raise ValueError(f"is shorter than a block of {BLOCK} s")
             a, b = round(start * BLOCK * rate), round((start + blocks) * BLOCK * rate)
             f.seek(a)
             wave = f.read(b - a, dtype="float32", always_2d=True).mean(1)
@@ -178,33 +180,33 @@ def plan(usable, held, units):
 
 
 class Rows:
-    """Arrays that grow by rows inside a partial folder; only `progress` says how far they are to be trusted."""
+    """.npy files that grow by rows. numpy leaves room in a header for any count; the true one is written at the end."""
 
-    def __init__(self, folder, most, shapes, fresh):
-        self.folder, self.files = folder, {}
-        for name, (shape, kind) in shapes.items():
-            at = folder / f"{name}.npy"
-            self.files[name] = (np.lib.format.open_memmap(at, "w+", kind, (most, *shape)) if fresh
-                                else np.lib.format.open_memmap(at, "r+"))
+    def __init__(self, folder, rows, arrays):
+        self.files = {name: (open(folder / f"{name}.npy", "r+b" if rows else "w+b"), shape, np.dtype(kind))
+                      for name, (shape, kind) in arrays.items()}
+        self.set_count(rows)  # what an interrupted call wrote after its last note of progress is written again
 
-    def write(self, at, **arrays):
+    def set_count(self, rows):
+        for f, shape, kind in self.files.values():
+            f.seek(0)
+            np.lib.format.write_array_header_1_0(f, dict(descr=kind.str, fortran_order=False, shape=(rows, *shape)))
+            f.truncate(f.seek(f.tell() + rows * math.prod(shape) * kind.itemsize))
+
+    def write(self, **arrays):
         for name, x in arrays.items():
-            self.files[name][at:at + len(x)] = x
+            f, _, kind = self.files[name]
+            f.write(x.numpy().astype(kind).tobytes())
 
     def flush(self):
-        for x in self.files.values():
-            x.flush()
+        for f, *_ in self.files.values():
+            f.flush()
+            os.fsync(f.fileno())
 
-    def finish(self, rows):
-        """Cuts the files to their rows: numpy leaves room in the header for another count."""
-        self.flush()
-        for name, x in self.files.items():
-            with open(self.folder / f"{name}.npy", "r+b") as f:
-                np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(x.dtype),
-                                                             fortran_order=False, shape=(rows, *x.shape[1:])))
-                assert f.tell() == x.offset
-                f.truncate(x.offset + rows * x[:1].nbytes)
-        self.files.clear()
+    def close(self, rows):
+        self.set_count(rows)
+        for f, *_ in self.files.values():
+            f.close()
 
 
 def prepare(folder, out, config, name=None):
@@ -221,9 +223,9 @@ def prepare(folder, out, config, name=None):
         reason = f"; the first of {len(skipped)}: {skipped[0]['path']} {skipped[0]['reason']}" if skipped else ""
         raise ValueError(f"--data {folder}: no usable audio ({', '.join(sorted(AUDIO))}){reason}")
     batches, sampled, train_batches = plan(usable, hold_out(usable), config.units)
-    most, total = sum(w[2] for b in batches for w in b), sum(w[2] for b in batches for w in b) * BLOCK
+    total = sum(w[2] for b in batches for w in b) * BLOCK
 
-    device = agrepa.launch(config)[2]
+    _, _, device, amp = agrepa.launch(config)
     teacher = Teacher(config.teacher, config.teacher_layer).to(device)
     listener = Teacher(config.units_teacher, config.teacher_layer).to(device) if config.units_teacher not in ("", config.teacher) else teacher
     print(f"preparing {folder}: {len(usable)} files, {total / 3600:.2f} h, teacher {config.teacher}, on {device.type}; "
@@ -242,10 +244,14 @@ def prepare(folder, out, config, name=None):
     else:
         state = before
         print(f"going on where it stopped, {state['rows'] * BLOCK / 3600:.2f} h done", flush=True)
-    rows = Rows(part, most, dict(mel=((FRAMES, N_MELS), np.float16), teacher=((teacher.dim,), np.float16),
-                                 tokens=((TEACHER_FRAMES * config.codebooks,), np.uint16)), fresh)
+    rows = Rows(part, state["rows"], dict(mel=((FRAMES, N_MELS), "<f2"), teacher=((teacher.dim,), "<f2"),
+                                          tokens=((TEACHER_FRAMES * config.codebooks,), "<u2")))
     centroids = None if fresh else torch.from_numpy(np.load(part / "units.npy")).to(device)
     sums = np.zeros(3 + teacher.dim) if fresh else np.array(state["sums"])  # values, sum, sum of squares; teacher's sum
+
+    def listen(model, wave):
+        with amp() if hasattr(model.net, "extract_features") else contextlib.nullcontext():  # torchaudio's transformers
+            return model(wave).float()
 
     def load(window):
         try:
@@ -264,8 +270,8 @@ def prepare(folder, out, config, name=None):
             return []
         wave = torch.stack([w for w, _ in good]).to(device)
         mel = torch.stack([m for _, m in good])  # [b, n x 15, M]
-        feats = teacher(wave)  # [b, n x 8, dim]
-        heard = (feats if listener is teacher else listener(wave)).half()  # what units are assigned from
+        feats = listen(teacher, wave)  # [b, n x 8, dim]
+        heard = (feats if listener is teacher else listen(listener, wave)).half()  # what units are assigned from
         pooled = feats.float().unflatten(1, (-1, TEACHER_FRAMES)).mean(2).cpu()
         return list(zip(mel, pooled, heard))
 
@@ -273,7 +279,7 @@ def prepare(folder, out, config, name=None):
         for mel, pooled, heard in utterances:
             tokens = tokenise(heard[None], mel[None].to(device), centroids, config.codebooks)[0].view(len(pooled), -1).cpu()
             mel16 = mel.half()
-            rows.write(state["rows"], mel=mel16.unflatten(0, (-1, FRAMES)).numpy(), teacher=pooled.half().numpy(), tokens=tokens.numpy())
+            rows.write(mel=mel16, teacher=pooled.half(), tokens=tokens)
             state["rows"] += len(pooled)
             state["lengths"].append(len(pooled))
             state["train"] += training
@@ -281,6 +287,10 @@ def prepare(folder, out, config, name=None):
                 m = mel16.double()
                 sums[:3] += m.numel(), m.sum(), m.square().sum()
                 sums[3:] += pooled.double().sum(0).numpy()
+
+    def none_left():
+        reasons = "; ".join(f"{s['path']} {s['reason']}" for s in state["skipped"][:3])
+        return f"--data {folder}: no usable audio is left to train on, or to hold out ({reasons})"
 
     def keep_progress(done):
         rows.flush()
@@ -299,6 +309,8 @@ def prepare(folder, out, config, name=None):
             if i < sampled:
                 sample += found
                 if i == sampled - 1:
+                    if not sample:
+                        raise ValueError(none_left())
                     streams = [torch.cat([h for *_, h in sample])]
                     if config.codebooks == 2:
                         streams.append(torch.cat([slow(m[None], len(h))[0].to(h) for m, _, h in sample]))
@@ -320,9 +332,8 @@ def prepare(folder, out, config, name=None):
                       f"{agrepa.clock(left)} left", flush=True)
                 said = now
     if not 0 < state["train"] < len(state["lengths"]):
-        reasons = "; ".join(f"{s['path']} {s['reason']}" for s in state["skipped"][:3])
-        raise ValueError(f"--data {folder}: no usable audio is left to train on and to hold out ({reasons})")
-    rows.finish(state["rows"])
+        raise ValueError(none_left())
+    rows.close(state["rows"])
     np.save(part / "offsets.npy", np.cumsum([0, *state["lengths"]], dtype=np.int64))
     n, total1, total2 = sums[:3]
     mean = total1 / n
@@ -438,6 +449,8 @@ def toy(folder):
     import soundfile
     folder = Path(folder)
     if not folder.exists():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("the toy corpus isn't there yet; before torchrun, once: python agrepa.py")
         part = folder.with_name(folder.name + ".partial")
         shutil.rmtree(part, ignore_errors=True)
         sounds = {f"toy-speech/voice{v}/{i}": lambda rng, v=v: speak(rng, 90 * 1.14 ** v, 0.88 + 0.04 * v, rng.uniform(2.5, 5))

@@ -1,5 +1,5 @@
 """python -m pytest: what a user of agrepa.py relies on. No network, no checkpoint; a few minutes on two cores."""
-import copy, csv, json, os, re, subprocess, sys
+import copy, csv, json, os, re, subprocess, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -916,3 +916,108 @@ def test_fog_a_takes_models_as_they_are(wrap):
     found = fog_a(velocity, blocks, x, t)
     assert found.shape == (3, 2) and found.dtype == torch.float32
     assert torch.allclose(found, expected, rtol=0.05 if wrap == "bfloat16" else 1e-4)
+
+
+# ---- speed: python -m pytest -m bench -s prints ratios, asserts none ---------------------------------------------------
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # there is no settings file to register the marker in
+    bench = [pytest.mark.bench, pytest.mark.skipif("bench" not in sys.argv, reason="python -m pytest -m bench -s")]
+
+
+def in_turn(rounds, **calls):
+    """Median seconds of each call, taken in turn so that a drifting machine drifts for all."""
+    times = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    return {name: float(np.median(t[1:])) for name, t in times.items()}
+
+
+class Bench:
+    """A training step on random blocks."""
+
+    def __init__(self, layers, dim, heads, batch=8, seconds=4.8):
+        torch.manual_seed(0)
+        self.config = Config(layers=layers, dim=dim, heads=heads, batch_size=batch, seconds=seconds)
+        n = self.config.blocks
+        self.model = awake(VelocityModel(layers, dim, heads), 0.02)
+        self.bitc, self.chosen = nn.ModuleList([BiTC(dim, 768)]), [dict(layers=[1, 5, 3], weights=[0.5, 0.3, 0.2])]
+        self.heads = nn.ModuleList([AlignmentHeads(self.chosen[0]["layers"], dim, 768)])
+        self.opt = torch.optim.AdamW([*groups(self.model), *groups(self.bitc), *groups(self.heads)], lr=1e-5, fused=True)
+        cond = Condition(torch.randint(0, 1024, (batch, n * 8)), torch.zeros(batch, n * 15, 100), torch.zeros(batch, dtype=torch.long), torch.ones(batch, dtype=torch.bool))
+        self.batch = Batch(torch.randn(batch, n * 15, 100), torch.randn(batch, n * 15, 100), torch.rand(batch), cond, [torch.randn(batch, n, 768)], torch.full((batch,), 1 / batch), None)
+
+    def step(self, low=True, align=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            fm, bit, far = losses(self.model, self.bitc, self.heads if align else [], self.chosen, self.batch, self.config)
+        (fm + 0.5 * bit + far).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters()], 1.0)
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+
+
+@bench[0]
+@bench[1]
+@pytest.mark.parametrize("size", [(8, 256, 4), (12, 512, 8)])
+def test_bench_training_step(size):
+    b = Bench(*size)
+    t = in_turn(3, low=lambda: b.step(True), full=lambda: b.step(False), aligned=lambda: b.step(True, True))
+    B, T, D = 8, 450, size[1]
+    flops = 6 * B * T * D * D * 12 * size[0] + 12 * B * T * T * D * size[0]  # weights' products and attention's, forward and backward
+    a, w = torch.randn(B * T, D).bfloat16(), torch.randn(4 * D, D).bfloat16()
+    plain = in_turn(20, product=lambda: a @ w.T)["product"]
+    peak = 2 * B * T * D * 4 * D / plain
+    print(f"\n{size}: bf16 step {t['low']:.2f} s, {t['full'] / t['low']:.2f} x as fast as float32; {flops / t['low'] / 1e9:.0f} GFLOP/s, "
+          f"{flops / t['low'] / peak:.0%} of a plain bf16 product; with alignment {t['aligned'] / t['low']:.3f} of it")
+
+
+@bench[0]
+@bench[1]
+def test_bench_heads_share():
+    model = sum(p.numel() for p in VelocityModel(24, 1024, 16).parameters())
+    print(f"\nheads at 24 x 1024, K = 3, two domains: {2 * sum(p.numel() for p in AlignmentHeads([1, 2, 3], 1024, 768).parameters()) / model:.2%} of the parameters")
+
+
+@bench[0]
+@bench[1]
+@pytest.mark.parametrize("layers", [12, 24])
+def test_bench_ablation(layers):
+    b = Bench(layers, 256, 4, batch=4)
+    args = b.batch.x0, b.batch.t, b.batch.cond
+
+    @torch.no_grad()
+    def one_by_one():
+        b.model.eval()(*args)
+        for layer in b.model.layers:
+            hook = layer.register_forward_hook(lambda layer, a, out: a[0])
+            b.model(*args)
+            hook.remove()
+
+    @torch.no_grad()
+    def forwards():
+        for _ in range(layers + 1):
+            b.model.eval()(*args)
+    t = in_turn(3, stack=lambda: b.model.ablate_each_layer(*args), loop=one_by_one, fog_a=lambda: fog_a(b.model, list(b.model.layers), *args), plain=forwards)
+    print(f"\n{layers} layers: ablate_each_layer takes {t['stack'] / t['loop']:.2f} of closing gates one by one; fog_a {t['fog_a'] / t['plain']:.2f} of {layers + 1} forward passes")
+
+
+@bench[0]
+@bench[1]
+def test_bench_probing_share():
+    b = Bench(12, 512, 8, batch=16)
+    few = b.batch._replace(cond=Condition(*(x if x is None else x[:agrepa.PROBE_CLIPS] for x in b.batch.cond)), blocks=[b.batch.blocks[0][:agrepa.PROBE_CLIPS]],
+                           x0=b.batch.x0[:agrepa.PROBE_CLIPS], x1=b.batch.x1[:agrepa.PROBE_CLIPS], t=b.batch.t[:agrepa.PROBE_CLIPS])
+    t = in_turn(1, step=lambda: b.step(), probe=lambda: probe(b.model, b.bitc, few))
+    print(f"\na probe takes {t['probe'] / t['step']:.1f} training steps; 25 of them {25 * t['probe'] / t['step'] / 100_000:.2%} of a default run")
+
+
+@bench[0]
+@bench[1]
+def test_bench_loader(folders):
+    config, data = tiny(data=folders[1][:1], batch_size=8, seconds=1.6), [BlockDataset(folders[1][0])]
+    t = in_turn(20, batch=lambda: make_batch(data, config, 8, 3))
+    b = Bench(8, 256, 4, seconds=1.6)
+    print(f"\nassembling a batch takes {t['batch'] / in_turn(3, step=b.step)['step']:.1%} of a step of 8 layers of width 256, in another thread")
