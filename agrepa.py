@@ -15,7 +15,7 @@
 Shapes: B clips, T mel frames, N tokens, M mel bins, D width, L layers (counted from 1), dim the teacher's width.
 Time comes in blocks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames and 8 tokens a codebook at 50 Hz.
 """
-import argparse, contextlib, copy, csv, dataclasses, importlib.util, itertools, json, math, os, sys, time
+import argparse, contextlib, copy, csv, dataclasses, importlib.util, itertools, json, math, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -332,29 +332,33 @@ def hand_on(k, output, args, kwargs, hidden):
     """What block k returns with its gate closed: for each output tensor, the block's own input."""
     inputs = {name: x for name, x in [*enumerate(args), *kwargs.items()] if torch.is_tensor(x)}
     outputs = output if isinstance(output, (tuple, list)) else (output,)
-    names = hidden if isinstance(hidden, (tuple, list)) else [hidden] * len(outputs)
+    names = list(hidden) if isinstance(hidden, (tuple, list)) else [hidden] * len(outputs)
     if hidden is None:  # the only input of the output's shape
         fits = [[n for n, i in inputs.items() if torch.is_tensor(x) and i.shape == x.shape] for x in outputs]
         names = [f[0] if len(f) == 1 else None for f in fits]
-        if any(torch.is_tensor(x) and n is None for x, n in zip(outputs, names)):
-            raise ValueError(f"fog_a: can't tell block {k}'s hidden state: it returns {[list(getattr(x, 'shape', ())) for x in outputs]} from "
-                             f"{ {n: list(i.shape) for n, i in inputs.items()} }; name it, as hidden=0 or 'x', or one an output (None: leave it)")
-    closed = []
-    for n, x in zip(names, outputs, strict=True):
+    names = [n if torch.is_tensor(x) else None for n, x in zip(names, outputs)]
+    used = [n for n in names if n is not None]
+    lost = hidden is None and len(used) < sum(map(torch.is_tensor, outputs))
+    if lost or not used or len(set(used)) < len(used) or len(names) < len(outputs):
+        shape = lambda x: list(x.shape) if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f"fog_a: can't tell block {k}'s hidden state: it returns {[*map(shape, outputs)]} from { {n: shape(x) for n, x in inputs.items()} }; "
+                         "name its input, as hidden=0 or hidden='x'; for several outputs a tuple, one an output, None to leave one as it is")
+    for n, x in zip(names, outputs):
         if n is not None and (n not in inputs or inputs[n].shape != x.shape):
             raise ValueError(f"fog_a: block {k} returns {list(x.shape)} where its input {n!r} is "
                              f"{list(inputs[n].shape) if n in inputs else 'missing'}: not a residual block, or another hidden=")
-        closed.append(x if n is None else inputs[n].to(x.dtype))
-    return closed[0] if torch.is_tensor(output) else type(output)(closed)
+    closed = [x if n is None else inputs[n].to(x.dtype) for n, x in zip(names, outputs)]
+    return closed[0] if torch.is_tensor(output) else type(output)(*closed) if hasattr(output, "_fields") else type(output)(closed)
 
 @torch.no_grad()
 def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
-    """FoG-A of any residual network. velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, in order.
+    """FoG-A of any residual network. velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, in order, each
+    with its own sum h + f(h), not in place.
 
     hidden: position or keyword of the hidden state among a block's arguments, needed only where shapes can't tell;
     a tuple, one an output, where blocks return several. -> scores [L, B]; average over B for Eq. 9's expectation.
     Raises ValueError for a block that never ran, or whose output matches no input."""
-    now, fired = None, set()
+    now, fired, chance = None, set(), random.getstate()
 
     def gate(k):
         def hook(block, args, kwargs, output):
@@ -362,9 +366,13 @@ def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
             return hand_on(k, output, args, kwargs, hidden) if k == now else None
         return hook
 
-    def run():
-        with torch.random.fork_rng(devices=gpus):  # each pass replays, and leaves, the same random state
-            return velocity(*inputs)
+    def run():  # each pass replays, and leaves, the same random state; compiled models would not see the hooks
+        with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):
+            v = velocity(*inputs)
+        random.setstate(chance)
+        if not torch.is_tensor(v):
+            raise ValueError(f"fog_a: velocity() returns {type(v).__name__}; wrap it to return the velocity alone")
+        return v
 
     gpus = sorted({p.device.index for b in blocks for p in b.parameters() if p.is_cuda})
     modes = [(m, m.training) for b in blocks for m in b.modules()]
@@ -375,7 +383,7 @@ def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
         v, scores = run(), []
         silent = [k for k in range(1, len(blocks) + 1) if k not in fired]
         if silent:
-            raise ValueError(f"fog_a: blocks {silent} never ran in velocity(); a compiled model ignores hooks: run it eagerly")
+            raise ValueError(f"fog_a: blocks {silent} never ran in velocity(); is one a bare ModuleList, which is never called?")
         for now in range(1, len(blocks) + 1):
             scores.append(relative_change(v, run()[None], eps)[0])
     finally:
@@ -414,14 +422,16 @@ def capture(blocks, layers, output=None):
         with capture(model.blocks, [1, 9, 5]) as hidden:
             v = model(...)                      # hidden[9] is what the ninth block returned
     output: which one, where blocks return several tensors. Raises ValueError for a block that never ran, or whose
-    state carries no gradient (re-entrant activation checkpointing detaches it)."""
-    hidden = {}
+    state carries no gradient (inside a re-entrant activation checkpoint it is detached)."""
+    hidden, layers = {}, list(layers)
+    if not all(1 <= k <= len(blocks) for k in layers):
+        raise ValueError(f"capture: layers {layers} of {len(blocks)}; they count from 1")
 
     def keep(k):
         def hook(block, args, out):
-            if not torch.is_tensor(out) and output is None:
-                raise ValueError(f"capture: block {k} returns {len(out)} values; say which one, as output=0")
-            hidden[k] = out if torch.is_tensor(out) else out[output]
+            hidden[k] = out if torch.is_tensor(out) or output is None else out[output]
+            if not torch.is_tensor(hidden[k]):
+                raise ValueError(f"capture: block {k} returns {type(out).__name__}; say which of its tensors, as output=0")
         return hook
 
     hooks = [blocks[k - 1].register_forward_hook(keep(k)) for k in layers]
