@@ -1003,9 +1003,11 @@ def figures(*folders):
         for name, column in zip(sounds, axes.T):
             for ax, kind, text in zip(column, ("target", "sample"), ("real", "generated")):
                 wave = torch.from_numpy(soundfile.read(here / f"{kind}-{name}.wav", dtype="float32")[0])[None]
-                image = ax.imshow(log_mel(wave)[0].T, origin="lower", aspect="auto", cmap="magma", vmin=-9, vmax=3, extent=(0, wave.shape[1] / RATE, 0, N_MELS))
+                mel = log_mel(wave)[0].T
+                low, high = np.quantile(mel, (0.05, 0.99)) if kind == "target" else (low, high)  # one scale for both
+                image = ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, wave.shape[1] / RATE, 0, N_MELS))
                 ax.set(title=f"{name}: {text}", ylabel="mel bin", xlabel="time (s)" if kind == "sample" else None)
-        fig.colorbar(image, ax=axes, label="log magnitude")
+            fig.colorbar(image, ax=column, label="log magnitude")
         finish(fig, "mel.png")
     return made
 
