@@ -1003,7 +1003,7 @@ def figures(*folders):
         for name, column in zip(sounds, axes.T):
             for ax, kind, text in zip(column, ("target", "sample"), ("real", "generated")):
                 wave = torch.from_numpy(soundfile.read(here / f"{kind}-{name}.wav", dtype="float32")[0])[None]
-                mel = log_mel(wave)[0].T
+                mel = log_mel(wave)[0].T.numpy()
                 low, high = np.quantile(mel, (0.05, 0.99)) if kind == "target" else (low, high)  # one scale for both
                 image = ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, wave.shape[1] / RATE, 0, N_MELS))
                 ax.set(title=f"{name}: {text}", ylabel="mel bin", xlabel="time (s)" if kind == "sample" else None)
@@ -1133,8 +1133,12 @@ def main():
         elif "figures" in given:
             print(*figures(*given["figures"]), sep="\n")
         else:
+            if stray := set(given) - {f.name for f in dataclasses.fields(Config)}:
+                raise ValueError(f"--{min(stray)} goes with --sample CKPT")
             config, resume = settings(given)
             train(config, resume)
+            if dist.is_initialized():
+                dist.destroy_process_group()
             if int(os.environ.get("RANK", 0)) == 0:
                 finish_run(Path(config.out), device)
     except (ValueError, OSError) as error:

@@ -603,7 +603,7 @@ def test_bad_input_is_met_at_the_door(folders, audio, tmp_path, monkeypatch, cap
     for argv, word in ((("--dim", 100), "--heads"), (("--select", "4,40"), "from 1 to 12"), (("--select", "best"), "foga"),
                        (("--seconds", 0.01), "one block"), (("--batch-size", 0), "above 0"), (("--probe-steps", 100, "--steps", 50), "before --steps"),
                        (("--teacher", "WHISPER"), "prepared with MFCC"), (("--device", "abacus"), "--device abacus"), (("--layers", "many"), "invalid int"),
-                       (("--data", here, here, here, "--batch-size", 16), "multiple of the 3 domains")):
+                       (("--data", here, here, here, "--batch-size", 16), "multiple of the 3 domains"), (("--nfe", 3), "--nfe goes with --sample")):
         assert word in say("--data", here, *argv), argv
     assert "not MFCC" in say("--data", audio / "two", "--teacher", "WHISPER")
     assert "inside the audio folder" in say("--data", audio / "two", "--teacher", "MFCC", "--cache", audio / "two" / "x")
