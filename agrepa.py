@@ -557,6 +557,10 @@ def tokenise(features, mel, centroids, codebooks):
     heard = [features, slow(mel, features.shape[1])][:codebooks]
     return interleave(*(assign(x.half().float(), c) for x, c in zip(heard, centroids.split([x.shape[2] for x in heard], 1))))
 
+def first_ids(meta, n):
+    """What to add to n interleaved units: the second codebook's ids follow the first's. [n]"""
+    return np.arange(n) % meta["codebooks"] * meta["units"]
+
 class BlockDataset:
     """A folder made by data_prep.py. Raises ValueError where it isn't one."""
 
@@ -579,9 +583,9 @@ class BlockDataset:
         real = int(min(n, self.offsets[u + 1] - a))
         rows, pad = slice(a, a + real), lambda x: np.pad(x, [(0, n - real), *[(0, 0)] * (x.ndim - 1)])
         mel = (self.mel[rows].astype(np.float32) - self.meta["mel_mean"]) / self.meta["mel_std"]
-        codebook = np.arange(self.tokens.shape[1]) % self.meta["codebooks"] * self.meta["units"]
-        ids = (self.tokens[rows].astype(np.int64) + codebook).reshape(-1)
-        ids = np.pad(ids, (0, n * len(codebook) - len(ids)), mode="edge")
+        per = self.tokens.shape[1]
+        ids = (self.tokens[rows].astype(np.int64) + first_ids(self.meta, per)).reshape(-1)
+        ids = np.pad(ids, (0, n * per - len(ids)), mode="edge")
         return pad(mel).reshape(n * FRAMES, -1), ids, pad(self.teacher[rows].astype(np.float32) - self.centre), real
 
 def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, device="cpu"):
@@ -900,8 +904,9 @@ def evaluate(path, named=(), device="cpu"):
 
         def hear(mel, cond):  # through the same vocoder -> teacher's rows and units of the real blocks after the prefix
             wave = resample(mel_to_wave(mel * meta["mel_std"] + meta["mel_mean"]), 3, 2)
-            return blocks(teacher(wave), cond.mask).mean(1).cpu().double().numpy(), blocks(assign(
-                listener(wave), meta["centroids"][:, :listener.dim].to(device)), cond.mask)
+            feats = teacher(wave)
+            heard = assign(feats if listener is teacher else listener(wave), meta["centroids"][:, :listener.dim].to(device))
+            return blocks(feats, cond.mask).mean(1).cpu().double().numpy(), blocks(heard, cond.mask)
 
         def blocks(x, mask):  # [clips, n x 8, ...] -> [rows, 8, ...]
             x = x.unflatten(1, (n, TEACHER_FRAMES))[:, p:]
@@ -1001,12 +1006,12 @@ def figures(*folders):
         import soundfile
         fig, axes = panels(2, len(sounds), 4, sharex="col")
         for name, column in zip(sounds, axes.T):
-            for ax, kind, text in zip(column, ("target", "sample"), ("real", "generated")):
-                wave = torch.from_numpy(soundfile.read(here / f"{kind}-{name}.wav", dtype="float32")[0])[None]
-                mel = log_mel(wave)[0].T.numpy()
-                low, high = np.quantile(mel, (0.05, 0.99)) if kind == "target" else (low, high)  # one scale for both
-                image = ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, wave.shape[1] / RATE, 0, N_MELS))
-                ax.set(title=f"{name}: {text}", ylabel="mel bin", xlabel="time (s)" if kind == "sample" else None)
+            waves = [torch.from_numpy(soundfile.read(here / f"{kind}-{name}.wav", dtype="float32")[0]) for kind in ("target", "sample")]
+            mels = [log_mel(wave[None])[0].T.numpy() for wave in waves]
+            low, high = np.quantile(mels[0], (0.05, 0.99))  # one scale for both
+            for ax, mel, text in zip(column, mels, ("real", "generated")):
+                image = ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, len(waves[0]) / RATE, 0, N_MELS))
+                ax.set(title=f"{name}: {text}", ylabel="mel bin", xlabel="time (s)" if text == "generated" else None)
             fig.colorbar(image, ax=column, label="log magnitude")
         finish(fig, "mel.png")
     return made

@@ -127,8 +127,7 @@ def understand(path, meta, listener, device):
     mel = log_mel(wave24[None].to(device))
     heard = torch.cat([listener(w[None].to(device)) for w in wave.split(WINDOW * 2560)], 1)
     ids = tokenise(heard, mel, meta["centroids"].to(device), meta["codebooks"])[0]
-    codebook = torch.arange(len(ids), device=device) % meta["codebooks"] * meta["units"]
-    return (mel[0] - meta["mel_mean"]) / meta["mel_std"], ids + codebook
+    return (mel[0] - meta["mel_mean"]) / meta["mel_std"], ids + torch.from_numpy(agrepa.first_ids(meta, len(ids))).to(device)
 
 
 # ---- units -----------------------------------------------------------------------------------------------------------
