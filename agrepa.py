@@ -15,23 +15,21 @@
 Shapes: B clips, T mel frames, N tokens, M mel bins, D width, L layers (counted from 1), dim the teacher's width.
 Time comes in blocks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames and 8 tokens a codebook at 50 Hz.
 """
-import argparse, contextlib, copy, csv, dataclasses, importlib.util, itertools, json, math, os, random, sys, time
+import contextlib, copy, dataclasses, importlib, itertools, json, math, os, random, runpy, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed as dist, nn
 
 RATE, HOP, N_MELS, TEACHER_RATE = 24_000, 256, 100, 16_000  # Vocos 24 kHz mel format; HuBERT's rate
-FRAMES, TEACHER_FRAMES, BLOCK = 15, 8, 0.16  # mel frames, teacher frames and seconds of a block
+FRAMES, TEACHER_FRAMES, BLOCK, FORMAT = 15, 8, 0.16, 2  # mel frames, teacher frames, seconds of a block; of prepared folders
 STRATEGIES = "foga", "lasp", "gradnorm", "random", "none"
 
-def arg(default, text, **kw):
-    return dataclasses.field(default=default, metadata=dict(help=text, **kw))
+arg = lambda default, text, **kw: dataclasses.field(default=default, metadata=dict(help=text, **kw))
 
 @dataclasses.dataclass
 class Config:
@@ -69,37 +67,8 @@ class Config:
     save_every: int = arg(1000, "steps between checkpoints")
     resume: bool = arg(False, "go on with the run in --out")
     cache: str = arg("prepared", "where folders of audio are prepared", metavar="DIR")
-
-    @property
-    def blocks(self):
-        return round(self.seconds / BLOCK)
-
-    @property
-    def phase1(self):
-        return self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
-
-    def check(self):
-        """Raises ValueError, with the value and what to do, for settings that can't be run."""
-        for least, names in ((1, "steps batch_size layers dim heads teacher_layer units top_k eval_every save_every"), (1e-12, "lr"),
-                             (0, "seed probe_steps probe_every align_weight align_until bit_weight dropout")):
-            for name in names.split():
-                if not getattr(self, name) >= least:
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {'above 0' if least else '0 or more'}")
-        listed = self.select.split(",") if self.select[:1].isdigit() else []
-        fits = len(set(listed)) == len(listed) and all(k.isdigit() and 1 <= int(k) <= self.layers for k in listed)
-        for wrong, why in (
-                (not fits or not listed and self.select not in STRATEGIES,
-                 f"--select {self.select}: {', '.join(STRATEGIES)}, or different layers from 1 to {self.layers}, such as 4,8,12"),
-                (self.top_k > self.layers, f"--top-k {self.top_k} but the model has {self.layers} layers"),
-                (self.dim % (2 * self.heads), f"--dim {self.dim}: must be a multiple of 2 x --heads {self.heads}, for rotary positions"),
-                (self.dropout >= 1, f"--dropout {self.dropout}: must be below 1"),
-                (self.units > 65536, f"--units {self.units}: at most 65536"),
-                (self.blocks < 1, f"--seconds {self.seconds}: below one block, 0.16 s"),
-                (self.phase1 >= self.steps, f"--probe-steps {self.phase1}: must end before --steps {self.steps}; phase II needs some"),
-                (self.batch_size % max(1, len(self.data)), f"--batch-size {self.batch_size}: must be a multiple of the {len(self.data)} domains")):
-            if wrong:
-                raise ValueError(why)
-
+    blocks = property(lambda self: round(self.seconds / BLOCK))
+    phase1 = property(lambda self: self.probe_steps or max(1, min(5000, self.steps * 15 // 100)))
 
 # ---- 1. Flow matching (Eqs. 1, 2) ------------------------------------------------------------------------------------
 # Straight lines from noise x0 to data x1; the model learns their velocity u.
@@ -113,7 +82,6 @@ def flow_matching_loss(v, u, mask=None):
     """Eq. 2, a clip: v, u [B, T, M] -> [B], the mean over bins and over the frames where mask [B, T] is true."""
     error = (v.float() - u).square().mean(-1)  # [B, T]
     return error.mean(1) if mask is None else (error * mask).sum(1) / mask.sum(1).clamp(min=1)
-
 
 # ---- 2. Velocity model (Eqs. 7, 15) ----------------------------------------------------------------------------------
 # A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c); the gates m_l are 1 in training, and closing one means
@@ -139,6 +107,14 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
+def attention(q, k, v, mask):
+    """q, k, v [B, heads, T, d], mask [B, 1, 1, T] true where a frame is real -> [B, heads, T, d]."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    score = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)  # on a CPU SDPA's bf16 backward is slow; this takes .8 of a step
+    with torch.autocast("cpu", enabled=False):  # no float32 copy of the scores; softmax sums in float32 all the same
+        return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+
 class Layer(nn.Module):
     def __init__(self, dim, heads, dropout):
         super().__init__()
@@ -154,10 +130,10 @@ class Layer(nn.Module):
         x = F.layer_norm(h, h.shape[-1:]) * (1 + scale1) + shift1
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, d] each
         cos, sin = rope[0].to(q.dtype), rope[1].to(q.dtype)
-        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
+        x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         h = h + gate1 * self.drop(self.out(x.transpose(1, 2).flatten(2)))
         x = F.layer_norm(h, h.shape[-1:]) * (1 + scale2) + shift2
-        return h + gate2 * self.drop(self.down(self.drop(F.gelu(self.up(x), approximate="tanh"))))
+        return h + gate2 * self.drop(self.down(self.drop(F.gelu(self.up(x)))))
 
 class VelocityModel(nn.Module):
     """v_theta(x_t, t, c). vocab: how many token ids (units x codebooks) each domain has."""
@@ -171,8 +147,8 @@ class VelocityModel(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.layers = nn.ModuleList(Layer(dim, heads, dropout) for _ in range(layers))
         self.modulation, self.v_out = nn.Linear(dim, 2 * dim), nn.Linear(dim, n_mels)
-        for w in (self.modulation, self.v_out):
-            nn.init.zeros_(w.weight), nn.init.zeros_(w.bias)
+        for p in (*self.modulation.parameters(), *self.v_out.parameters()):
+            nn.init.zeros_(p)
 
     def embed(self, cond):
         """The embedded tokens e [B, N, D]; they train, the null token too."""
@@ -209,22 +185,16 @@ class VelocityModel(nn.Module):
     @torch.no_grad()
     def ablate_each_layer(self, x_t, t, cond):
         """Eq. 8 for every k in one pass: v [B, T, M] and v^{\\k} [L, B, T, M], in eval mode, without gradient.
-
         Layers below a closed gate are shared: a stack of hidden states goes up, row 0 intact; at each layer a row
         that skips it joins. L (L + 1) / 2 layer evaluations in place of L^2. fog_a does the same gate by gate."""
         training, B = self.training, len(x_t)
-        self.eval()
-        try:
-            h, t_emb, rope, mask = self.enter(x_t, t, cond)
-            ts, masks = t_emb, mask
-            for layer in self.layers:
-                h = torch.cat([layer(h, ts, rope, masks), h[:B]])
-                ts, masks = torch.cat([ts, t_emb]), None if mask is None else torch.cat([masks, mask])
-            v = self.leave(h, ts, masks).unflatten(0, (-1, B))
-        finally:
-            self.train(training)
+        h, t_emb, rope, mask = self.eval().enter(x_t, t, cond)
+        ts, masks = t_emb, mask
+        for layer in self.layers:
+            h = torch.cat([layer(h, ts, rope, masks), h[:B]])
+            ts, masks = torch.cat([ts, t_emb]), None if mask is None else torch.cat([masks, mask])
+        v = self.train(training).leave(h, ts, masks).unflatten(0, (-1, B))
         return v[0], v[1:]
-
 
 # ---- 3. Teacher, T(x) ------------------------------------------------------------------------------------------------
 # A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in preparation. Features are averaged
@@ -243,42 +213,30 @@ class Teacher(nn.Module):
             stack = lambda x: torch.cat([x, delta(x), delta(delta(x))], 1).transpose(1, 2)
             self.features = lambda wave: stack(self.net(wave))
         elif hasattr(bundle, "get_model"):
-            self.net = self.from_bundle(spec, bundle, layer)
+            if layer > (depth := bundle._params["encoder_num_layers"]):
+                raise ValueError(f"--teacher-layer {layer} but {spec} has {depth} layers")
+            try:
+                self.net = bundle.get_model()
+            except OSError as error:  # no network
+                raise ValueError(f"--teacher {spec}: {error}. Put https://download.pytorch.org/torchaudio/models/{bundle._path} into "
+                                 f"{torch.hub.get_dir()}/checkpoints, or take --teacher MFCC, which needs no download") from None
             self.features = lambda wave: self.net.extract_features(wave, num_layers=layer)[0][-1]
         elif ":" in spec:
-            self.net = self.features = self.from_callable(*spec.rsplit(":", 1))
+            place, function = spec.rsplit(":", 1)
+            try:
+                found = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+                self.net = self.features = found[function]()
+            except (OSError, ImportError, KeyError) as error:
+                raise ValueError(f"--teacher {spec}: {type(error).__name__}: {error}") from None
         else:
-            raise ValueError(f"--teacher {spec}: not MFCC, not a speech model of torchaudio.pipelines (HUBERT_BASE, "
-                             "WAVLM_LARGE, ...), and not FILE.py:FUNCTION or MODULE:FUNCTION")
+            raise ValueError(f"--teacher {spec}: not MFCC, HUBERT_BASE or another of torchaudio.pipelines, FILE.py:FUNCTION or MODULE:FUNCTION")
         self.eval().requires_grad_(False)
         for self.pad in (0, 80):  # HuBERT's receptive field of 400 samples costs a frame; 80 zeros give it back
-            found = self.features(torch.zeros(1, 2 * 2560 + self.pad))
-            if found.dim() == 3 and found.shape[1] == 2 * TEACHER_FRAMES:
-                break
-        else:
-            raise ValueError(f"--teacher {spec}: 0.32 s at 16 kHz gave {list(found.shape)}, need [1, 16, dim]: 50 Hz")
-        self.dim = found.shape[2]
-
-    def from_bundle(self, spec, bundle, layer):
-        if layer > bundle._params["encoder_num_layers"]:
-            raise ValueError(f"--teacher-layer {layer} but {spec} has {bundle._params['encoder_num_layers']} layers")
-        try:
-            return bundle.get_model()
-        except OSError as error:  # no network
-            raise ValueError(f"--teacher {spec}: its checkpoint {bundle._path} could not be fetched ({error}). Put https://"
-                             f"download.pytorch.org/torchaudio/models/{bundle._path} into {torch.hub.get_dir()}/checkpoints, "
-                             "or take --teacher MFCC, which needs no download") from None
-
-    def from_callable(self, name, function):
-        try:
-            if not name.endswith(".py"):
-                return getattr(importlib.import_module(name), function)()
-            found = importlib.util.spec_from_file_location(Path(name).stem, name)
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-            return getattr(module, function)()
-        except (OSError, ImportError, AttributeError) as error:
-            raise ValueError(f"--teacher {name}:{function}: {error}") from None
+            shape = self.features(torch.zeros(1, 2 * 2560 + self.pad)).shape
+            if len(shape) == 3 and shape[1] == 2 * TEACHER_FRAMES:
+                self.dim = shape[2]
+                return
+        raise ValueError(f"--teacher {spec}: 0.32 s at 16 kHz gave {list(shape)}, need [1, 16, dim]: 50 Hz")
 
     @torch.no_grad()
     def forward(self, wave):
@@ -287,7 +245,6 @@ class Teacher(nn.Module):
 def pool_teacher(blocks, mask=None):
     """T(x): centred features [B, n, dim], a row a block -> [B, dim], the mean over real blocks; exact for any crop."""
     return blocks.mean(1) if mask is None else (blocks * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
 
 # ---- 4. BiT-C (Eqs. 3 to 5) ------------------------------------------------------------------------------------------
 # Ties the token interface to the teacher: one linear head P_d on the pooled embedded tokens. It trains the tokens to
@@ -309,7 +266,6 @@ def bitc_loss(s, kept):
     """Eq. 5, one domain: s [B]; kept [B] weighs the clips that kept their tokens, 0 the others, sum 1 -> scalar."""
     return (kept * (1 - s)).sum()
 
-
 # ---- 5. LASP: what a layer stores (Eq. 6) ----------------------------------------------------------------------------
 # BiT-C's score with a layer's hidden state where the tokens were: the same head, frozen, for all layers.
 
@@ -318,54 +274,42 @@ def lasp(hidden, bitc, T_x, mask=None):
     """hidden {layer: [B, T, D]}, bitc the domain's head, T_x [B, dim], mask [B, T] -> [L, B], layers ascending."""
     return torch.stack([bitc(hidden[k], T_x, mask) for k in sorted(hidden)])
 
-
 # ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ------------------------------------------------------------------
 # Close one layer's gate in a forward pass and see how far the velocity moves. Works on any residual network: paste
 # this section into your model's code. No gradient, eval mode, the same random numbers in every pass.
 
 def relative_change(v, v_k, eps=1e-8):
     """Eq. 9, a sample: ||v^{\\k} - v|| / (||v|| + eps). v [B, ...], v_k [L, B, ...] -> [L, B]. Norms in float32."""
-    v, v_k = v.float(), v_k.float()
-    return (v_k - v).flatten(2).norm(dim=2) / (v.flatten(1).norm(dim=1) + eps)
+    return (v_k.float() - v.float()).flatten(2).norm(dim=2) / (v.float().flatten(1).norm(dim=1) + eps)
 
 def hand_on(k, output, args, kwargs, hidden):
-    """What block k returns with its gate closed: for each output tensor, the block's own input."""
+    """What block k returns with its gate closed: for each output tensor, the block's own input of that name or shape."""
     inputs = {name: x for name, x in [*enumerate(args), *kwargs.items()] if torch.is_tensor(x)}
     outputs = output if isinstance(output, (tuple, list)) else (output,)
-    names = list(hidden) if isinstance(hidden, (tuple, list)) else [hidden] * len(outputs)
-    if hidden is None:  # the only input of the output's shape
-        fits = [[n for n, i in inputs.items() if torch.is_tensor(x) and i.shape == x.shape] for x in outputs]
-        names = [f[0] if len(f) == 1 else None for f in fits]
-    names = [n if torch.is_tensor(x) else None for n, x in zip(names, outputs)]
-    used = [n for n in names if n is not None]
-    lost = hidden is None and len(used) < sum(map(torch.is_tensor, outputs))
-    if lost or not used or len(set(used)) < len(used) or len(names) < len(outputs):
+    names = hidden if isinstance(hidden, (tuple, list)) else [hidden] * len(outputs)
+    fits = [[n for n, i in inputs.items() if i.shape == x.shape and name in (None, n)]
+            if torch.is_tensor(x) and (hidden is None or name is not None) else None for name, x in zip(names, outputs)]
+    found = [f[0] for f in fits if f is not None and len(f) == 1]
+    if not found or len(set(found)) < len(fits) - fits.count(None) or len(names) < len(outputs):
         shape = lambda x: list(x.shape) if torch.is_tensor(x) else type(x).__name__
-        raise ValueError(f"fog_a: can't tell block {k}'s hidden state: it returns {[*map(shape, outputs)]} from { {n: shape(x) for n, x in inputs.items()} }; "
-                         "name its input, as hidden=0 or hidden='x'; for several outputs a tuple, one an output, None to leave one as it is")
-    for n, x in zip(names, outputs):
-        if n is not None and (n not in inputs or inputs[n].shape != x.shape):
-            raise ValueError(f"fog_a: block {k} returns {list(x.shape)} where its input {n!r} is "
-                             f"{list(inputs[n].shape) if n in inputs else 'missing'}: not a residual block, or another hidden=")
-    closed = [x if n is None else inputs[n].to(x.dtype) for n, x in zip(names, outputs)]
+        raise ValueError(f"fog_a: can't tell block {k}'s hidden state: it returns {[*map(shape, outputs)]} from "
+                         f"{ {n: shape(x) for n, x in inputs.items()} }. With no such input it is not a residual block; with several, name one, as "
+                         "hidden=0 or hidden='x'; for several outputs a tuple, one an output, None to leave one as it is")
+    closed = [x if f is None else inputs[f[0]].to(x.dtype) for f, x in zip(fits, outputs)]
     return closed[0] if torch.is_tensor(output) else type(output)(*closed) if hasattr(output, "_fields") else type(output)(closed)
 
 @torch.no_grad()
 def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
     """FoG-A of any residual network. velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, in order, each
     with its own sum h + f(h), not in place.
-
     hidden: position or keyword of the hidden state among a block's arguments, needed only where shapes can't tell;
     a tuple, one an output, where blocks return several. -> scores [L, B]; average over B for Eq. 9's expectation.
     Raises ValueError for a block that never ran, or whose output matches no input."""
-    now, fired, chance = None, set(), random.getstate()
-
-    def gate(k):
-        def hook(block, args, kwargs, output):
-            fired.add(k)
-            return hand_on(k, output, args, kwargs, hidden) if k == now else None
-        return hook
-
+    now, fired, blocks, chance = None, set(), list(blocks), random.getstate()
+    gpus = sorted({p.device.index for b in blocks for p in b.parameters() if p.is_cuda})
+    def gate(block, args, kwargs, output):
+        fired.add(block)
+        return hand_on(blocks.index(block) + 1, output, args, kwargs, hidden) if block is now else None
     def run():  # each pass replays, and leaves, the same random state; compiled models would not see the hooks
         with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):
             v = velocity(*inputs)
@@ -374,17 +318,15 @@ def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
             raise ValueError(f"fog_a: velocity() returns {type(v).__name__}; wrap it to return the velocity alone")
         return v
 
-    gpus = sorted({p.device.index for b in blocks for p in b.parameters() if p.is_cuda})
-    modes = [(m, m.training) for b in blocks for m in b.modules()]
-    hooks = [b.register_forward_hook(gate(k), with_kwargs=True) for k, b in enumerate(blocks, 1)]
+    modes, scores = [(m, m.training) for b in blocks for m in b.modules()], []
+    hooks = [b.register_forward_hook(gate, with_kwargs=True) for b in blocks]
     try:
         for m, _ in modes:
             m.training = False
-        v, scores = run(), []
-        silent = [k for k in range(1, len(blocks) + 1) if k not in fired]
-        if silent:
+        v = run()
+        if silent := [k for k, b in enumerate(blocks, 1) if b not in fired]:
             raise ValueError(f"fog_a: blocks {silent} never ran in velocity(); is one a bare ModuleList, which is never called?")
-        for now in range(1, len(blocks) + 1):
+        for now in blocks:
             scores.append(relative_change(v, run()[None], eps)[0])
     finally:
         for h in hooks:
@@ -392,7 +334,6 @@ def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
         for m, training in modes:
             m.training = training
     return torch.stack(scores)
-
 
 # ---- 7. Selection and weights (Eqs. 10, 11) --------------------------------------------------------------------------
 
@@ -411,14 +352,12 @@ def select_layers(scores, k=3, equal=False):
     lam = torch.full((k,), 1 / k) if equal else scores[best] / scores[best].sum()
     return (best + 1).tolist(), lam.tolist()
 
-
 # ---- 8. Alignment (Eq. 12) -------------------------------------------------------------------------------------------
 # A small head a layer maps the pooled hidden state to the teacher's space; the loss is one minus the cosine.
 
 @contextlib.contextmanager
 def capture(blocks, layers, output=None):
     """Hidden states of any model, with gradient, in the forward pass you make anyway.
-
         with capture(model.blocks, [1, 9, 5]) as hidden:
             v = model(...)                      # hidden[9] is what the ninth block returned
     output: which one, where blocks return several tensors. Raises ValueError for a block that never ran, or whose
@@ -426,15 +365,12 @@ def capture(blocks, layers, output=None):
     hidden, layers = {}, list(layers)
     if not all(1 <= k <= len(blocks) for k in layers):
         raise ValueError(f"capture: layers {layers} of {len(blocks)}; they count from 1")
+    def keep(k, out):
+        hidden[k] = out if torch.is_tensor(out) or output is None else out[output]
+        if not torch.is_tensor(hidden[k]):
+            raise ValueError(f"capture: block {k} returns {type(out).__name__}; say which of its tensors, as output=0")
 
-    def keep(k):
-        def hook(block, args, out):
-            hidden[k] = out if torch.is_tensor(out) or output is None else out[output]
-            if not torch.is_tensor(hidden[k]):
-                raise ValueError(f"capture: block {k} returns {type(out).__name__}; say which of its tensors, as output=0")
-        return hook
-
-    hooks = [blocks[k - 1].register_forward_hook(keep(k)) for k in layers]
+    hooks = [blocks[k - 1].register_forward_hook(lambda block, args, out, k=k: keep(k, out)) for k in layers]
     try:
         yield hidden
     finally:
@@ -443,8 +379,7 @@ def capture(blocks, layers, output=None):
     for k in layers:
         if k not in hidden:
             raise ValueError(f"capture: block {k} never ran; a compiled model ignores hooks: compile its blocks instead")
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in blocks[k - 1].parameters())
-        if trains and not hidden[k].requires_grad:
+        if torch.is_grad_enabled() and not hidden[k].requires_grad and any(p.requires_grad for p in blocks[k - 1].parameters()):
             raise ValueError(f"capture: block {k}'s state carries no gradient; checkpoint with use_reentrant=False")
 
 class AlignmentHeads(nn.ModuleDict):
@@ -466,15 +401,8 @@ def agrepa_loss(hidden, heads, T_x, weights, mask=None):
         loss = loss + lam * (far * real).sum(1) / real.sum(1)
     return loss
 
-
 # ---- 9. Sampling (App. A) --------------------------------------------------------------------------------------------
-# From noise to mel along the velocity field; long sounds in overlapping windows that share one velocity.
-
-def log_mel(wave):
-    """Waveform [B, n x 256] at 24 kHz -> [B, n, 100]: n_fft 1024, hop 256, magnitude, natural log (the Vocos format)."""
-    import torchaudio
-    mel = torchaudio.transforms.MelSpectrogram(RATE, 1024, hop_length=HOP, n_mels=N_MELS, power=1).to(wave.device)
-    return mel(wave)[..., :-1].clamp(min=1e-5).log().transpose(1, 2)
+# From noise to mel along the velocity field, and from mel to sound. Whole files: data_prep.resynthesise.
 
 def mel_to_wave(mel, vocoder="griffinlim"):
     """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz. Griffin-Lim on least-squares magnitudes; or vocos, which
@@ -505,29 +433,8 @@ def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0, join=lambda v: v):
     for now, step in zip(t.tolist(), t.diff().tolist()):
         v = model(twice(x), torch.full((len(cond.keep),), now, device=x0.device), cond, c)
         v_c, v_u = v[:len(x)], v[-len(x):]
-        x = x + step * join(v_u + guidance * (v_c - v_u) if guidance != 1 else v)
+        x = x + step * join(v_u + guidance * (v_c - v_u))
     return x
-
-def resynthesise(model, ids, prompt, prompt_ids, domain, blocks, seed=0, **how):
-    """Tokens of a sound of any length -> its mel, in the voice of a prompt. ids [n x r], prompt [p x 15, M] normalised,
-    prompt_ids [p x r]; blocks: a window's, prompt included. Windows overlap by half. -> [n x 15, M]"""
-    p, device = len(prompt), prompt.device
-    r = len(prompt_ids) * FRAMES // p  # ids a block
-    n = len(ids) // r
-    body = min(n, max(1, blocks - p // FRAMES))
-    starts = sorted({min(s, n - body) for s in range(0, n, max(1, body // 2))})
-    frames = torch.tensor([range(s * FRAMES, (s + body) * FRAMES) for s in starts], device=device)  # [windows, body x 15]
-    tokens = torch.stack([torch.cat([prompt_ids, ids[s * r:(s + body) * r]]) for s in starts])
-    ref = F.pad(prompt, (0, 0, 0, body * FRAMES)).expand(len(starts), -1, -1)
-    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((p + n * FRAMES, N_MELS), dtype=np.float32)).to(device)
-    x0 = torch.stack([torch.cat([noise[:p], noise[p + f]]) for f in frames])
-    fade = torch.hann_window(body * FRAMES + 2, False, device=device)[1:-1, None].expand(len(starts), -1, 1)
-    add = lambda v: torch.zeros(n * FRAMES, v.shape[-1], device=device).index_add_(0, frames.flatten(), v.flatten(0, 1))
-    whole = lambda v: add(v[:, p:] * fade) / add(fade)  # windows -> one line of frames
-    one = torch.ones(len(starts), dtype=torch.long, device=device)
-    return whole(sample(model, Condition(tokens, ref, domain * one, one > 0), x0,
-                        join=lambda v: torch.cat([v[:, :p], whole(v)[frames]], 1), **how))
-
 
 # ---- 10. Data --------------------------------------------------------------------------------------------------------
 # A prepared folder is one domain: memory-mapped rows, one a block; an utterance is a run of rows, held-out ones last.
@@ -543,24 +450,6 @@ class Batch(NamedTuple):
     kept: torch.Tensor  # [B] Eq. 5's weights: 1 / (how many of the domain's clips kept their tokens), or 0
     scored: torch.Tensor  # [B, T] frames that metrics count: real, and after the reference prefix
 
-def assign(x, centroids):
-    """The nearest centroid of each row: x [..., d], centroids [units, d] -> [...]."""
-    square = centroids.square().sum(1)
-    return torch.cat([(square - 2 * part @ centroids.T).argmin(1) for part in x.flatten(0, -2).split(16384)]).view(x.shape[:-1])
-
-def slow(mel, n):
-    """mel [B, T, M] at the rate of n tokens: [B, n, M]."""
-    return F.interpolate(mel.transpose(1, 2), n, mode="area").transpose(1, 2)
-
-def tokenise(features, mel, centroids, codebooks):
-    """Units of features [B, n x 8, d], and of the mel [B, n x 15, M] at their rate if codebooks is 2 -> [B, n x 8 x codebooks]."""
-    heard = [features, slow(mel, features.shape[1])][:codebooks]
-    return interleave(*(assign(x.half().float(), c) for x, c in zip(heard, centroids.split([x.shape[2] for x in heard], 1))))
-
-def first_ids(meta, n):
-    """What to add to n interleaved units: the second codebook's ids follow the first's. [n]"""
-    return np.arange(n) % meta["codebooks"] * meta["units"]
-
 class BlockDataset:
     """A folder made by data_prep.py. Raises ValueError where it isn't one."""
 
@@ -571,7 +460,7 @@ class BlockDataset:
                 np.load(Path(folder) / f"{x}.npy", mmap_mode="r") for x in ("mel", "tokens", "teacher", "units", "offsets"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: not a prepared folder ({error})") from None
-        if self.meta["format"] != 1 or not len(self.mel) == len(self.tokens) == len(self.teacher) == offsets[-1]:
+        if self.meta["format"] != FORMAT or not len(self.mel) == len(self.tokens) == len(self.teacher) == offsets[-1]:
             raise ValueError(f"{folder}: its arrays don't belong together, or another version made it; prepare it again")
         self.offsets, self.train = np.array(offsets), len(offsets) - 1 - self.meta["held_out"]  # utterances to train on
         self.centre, self.dim = np.float32(0 if raw_teacher else self.meta["teacher_mean"]), self.teacher.shape[1]
@@ -583,16 +472,15 @@ class BlockDataset:
         real = int(min(n, self.offsets[u + 1] - a))
         rows, pad = slice(a, a + real), lambda x: np.pad(x, [(0, n - real), *[(0, 0)] * (x.ndim - 1)])
         mel = (self.mel[rows].astype(np.float32) - self.meta["mel_mean"]) / self.meta["mel_std"]
-        per = self.tokens.shape[1]
-        ids = (self.tokens[rows].astype(np.int64) + first_ids(self.meta, per)).reshape(-1)
-        ids = np.pad(ids, (0, n * per - len(ids)), mode="edge")
+        ids = self.tokens[rows].astype(np.int64).reshape(-1)
+        ids = np.pad(ids, (0, n * self.tokens.shape[1] - len(ids)), mode="edge")
         return pad(mel).reshape(n * FRAMES, -1), ids, pad(self.teacher[rows].astype(np.float32) - self.centre), real
 
 def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, device="cpu"):
     """Step `step`'s clips, b a domain, for this rank; without a step, b fixed held-out clips, the same in every run."""
     n, rows, blocks = config.blocks, [], []
     for d in domains or range(len(datasets)):
-        data, key, teacher = datasets[d], (0, d) if step is None else (1 + config.seed, d, step), []
+        data, key = datasets[d], (0, d) if step is None else (1 + config.seed, d, step)
         draws = np.random.default_rng(key).random((b * world, 6))
         kept = (draws[:, 0] >= 0.1) | (step is None)  # 10 % lose their tokens
         for i in range(rank * b, rank * b + b):
@@ -605,9 +493,7 @@ def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, de
             prompt = int(length * 0.3 * real * FRAMES) if prompt >= 0.1 else 0  # at most 30 %; 10 % have none
             noise = np.random.default_rng((*key, i)).standard_normal(mel.shape, dtype=np.float32)
             rows.append((noise, mel, np.float32(t), ids, d, kept[i], world * kept[i] / max(1, kept.sum()), prompt, real))
-            teacher.append(target)
-        blocks.append(np.stack(teacher))
-
+            blocks.append(target)
     def put(x):  # pinned, and copied while the step before runs
         x = torch.from_numpy(np.ascontiguousarray(x))
         return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
@@ -615,7 +501,8 @@ def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, de
     after, inside = np.arange(x1.shape[1]) >= prompt[:, None], np.arange(n) < real[:, None]
     cond = Condition(put(ids), put(np.where(after[..., None], np.float32(0), x1)), put(domain), put(keep),
                      None if inside.all() else put(inside))  # flash attention takes no mask
-    return Batch(*map(put, (x0, x1, t)), cond, [*map(put, blocks)], put(np.float32(kept)), put(after & inside.repeat(FRAMES, 1)))
+    blocks = [put(np.stack(blocks[i:i + b])) for i in range(0, len(blocks), b)]
+    return Batch(put(x0), put(x1), put(t), cond, blocks, put(np.float32(kept)), put(after & inside.repeat(FRAMES, 1)))
 
 def loader(datasets, config, first, rank, world, device):
     """Batches from step `first` on, each assembled in a thread while the one before is trained on."""
@@ -626,10 +513,10 @@ def loader(datasets, config, first, rank, world, device):
             batch, coming = coming.result(), thread.submit(make, step)
             yield batch
 
-
 # ---- 11. Training loop (App. A.5: probe, then intervene) -------------------------------------------------------------
 
 PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
+LOG = "step phase loss fm bitc align val_fm lr frames_per_s seconds"
 
 def losses(model, bitc, heads, chosen, batch, config):
     """The terms of Eq. 12: L_FM, L_BiT, alignment. bitc, heads, chosen: one entry a domain; no heads, no alignment."""
@@ -646,10 +533,9 @@ def losses(model, bitc, heads, chosen, batch, config):
         T_x = pool_teacher(batch.blocks[d], mask)
         bit = bit + bitc_loss(head(e[own], T_x, spread(mask, e.shape[1])), batch.kept[own])
         if taps:
-            lam = dict(zip(chosen[d]["layers"], chosen[d]["weights"]))
-            T_x = T_x if config.align_pool == "clip" else batch.blocks[d]
-            own_hidden = {k: hidden[k][own] for k in lam}
-            align = align + agrepa_loss(own_hidden, heads[d], T_x, lam, spread(mask, v.shape[1])).mean() / len(bitc)
+            lam, target = dict(zip(chosen[d]["layers"], chosen[d]["weights"])), T_x if config.align_pool == "clip" else batch.blocks[d]
+            far = agrepa_loss({k: hidden[k][own] for k in lam}, heads[d], target, lam, spread(mask, v.shape[1]))
+            align = align + far.mean() / len(bitc)
     return fm, bit, align
 
 def probe(model, bitc, batch, d=0):
@@ -675,36 +561,30 @@ def choose(config, history, d, name, say=print):
     late = [p["scores"][d] for p in history if p["step"] > config.phase1 / 2]
     foga, store, grad = torch.tensor(late, dtype=torch.float64).mean((0, -1)).tolist()  # [L] each
     lots = torch.rand(config.layers, generator=torch.Generator().manual_seed(1000 * config.seed + d)).tolist()
-    if config.select in STRATEGIES[:4]:
-        layers, _ = select_layers(dict(foga=foga, lasp=store, gradnorm=grad, random=lots)[config.select], config.top_k, equal=True)
-    else:
-        layers = [int(k) for k in config.select.split(",") if config.select != "none"]
-    lam = {k: 1 / len(layers) for k in layers}
-    if layers and (config.weights == "foga" or config.weights == "auto" and config.select == "foga"):  # Eq. 11 among the chosen
-        order, share = select_layers([foga[k - 1] for k in layers], len(layers))
-        lam = {layers[i - 1]: w for i, w in zip(order, share)}
+    scores = dict(foga=foga, lasp=store, gradnorm=grad, random=lots).get(config.select)
+    layers = select_layers(scores, config.top_k, equal=True)[0] if scores else [int(k) for k in config.select.split(",") if k != "none"]
+    shares = config.weights == "foga" or (config.weights, config.select) == ("auto", "foga")  # Eq. 11, among the chosen
+    order, lam = select_layers([foga[k - 1] for k in layers], len(layers), equal=not shares) if layers else ([], [])
+    lam = {layers[i - 1]: w for i, w in zip(order, lam)}
     say(f"\n{name}: mean of {len(late)} probes up to step {history[-1]['step']}\nlayer   FoG-A    LASP  grad norm  lambda")
     for k, row in enumerate(zip(foga, store, grad), 1):
         say("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + (f"  {lam[k]:6.3f}  chosen" if k in lam else ""))
     if config.select == "foga":
-        *_, last, following = sorted([0.0, *foga], reverse=True)[:config.top_k + 1]
+        K, (*_, last, following) = config.top_k, sorted([0.0, *foga], reverse=True)[:config.top_k + 1]
         say(f"margin: layer {layers[-1]} is {last / max(following, 1e-12) - 1:.1%} above the next")
-        tops = [select_layers(torch.tensor(p["scores"][d][0]).mean(1), config.top_k, True)[0] for p in history[-3:]]
-        common = [len(set(top) & set(layers)) for top in tops]
-        say(f"of these {config.top_k} layers, the last probes each have {', '.join(map(str, common))} in their top {config.top_k}")
-        if min(common) < config.top_k:
-            say("warning: the ranking was still moving; more --probe-steps would settle it")
+        common = [len({*layers} & {*select_layers(torch.tensor(p["scores"][d][0]).mean(1), K, True)[0]}) for p in history[-3:]]
+        say(f"of these {K} layers, the last probes each have {', '.join(map(str, common))} in their top {K}"
+            + ("\nwarning: the ranking was still moving; more --probe-steps would settle it" if min(common) < K else ""))
     return dict(layers=list(lam), weights=list(lam.values()), foga=foga, lasp=store)
 
 def launch(config):
     """Device, processes, precision. -> rank, world, device, amp(). Raises ValueError for a device that isn't there."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(best if config.device == "auto" else config.device)
         if device.type == "cuda" and world > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device := torch.device("cuda", local))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
@@ -715,18 +595,12 @@ def launch(config):
     return rank, world, device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 def groups(module):
-    """AdamW's parameter groups: weight decay on matrices; none on embeddings, biases and the null token."""
-    tables, split = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}, {True: [], False: []}
-    for p in module.parameters():
-        split[p.ndim > 1 and id(p) not in tables].append(p)
-    return [dict(params=ps, weight_decay=0.1 * matrix) for matrix, ps in split.items() if ps]
+    """AdamW's parameter groups: weight decay on matrices; none on the token table, biases and the null token."""
+    pick = lambda decays: [p for name, p in module.named_parameters() if (p.ndim > 1 and name != "tokens.weight") == decays]
+    return [dict(params=pick(True), weight_decay=0.1), dict(params=pick(False), weight_decay=0.0)]
 
-def build(config, domains):
-    """domains: the meta of each."""
+def build(config, domains):  # the meta of each
     return VelocityModel(config.layers, config.dim, config.heads, config.dropout, [m["units"] * m["codebooks"] for m in domains])
-
-def clock(seconds):
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
 def write_text(path, text):
     Path(f"{path}.part").write_text(text)
@@ -745,7 +619,7 @@ def save(folder, state):
 def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if state["format"] == "agrepa 1" else 1 / 0
+        return state if state["format"] == "agrepa 2" else 1 / 0
     except Exception as error:  # torch.load raises a dozen kinds
         raise ValueError(f"{path}: not a whole checkpoint of agrepa.py ({type(error).__name__})") from None
 
@@ -755,8 +629,6 @@ def train(config, resume=None):
     out, data = Path(config.out), [BlockDataset(d, config.raw_teacher) for d in config.data]
     names = [d.meta["name"] for d in data]
     names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, 1)]
-    if len({d.meta["codebooks"] for d in data}) > 1:
-        raise ValueError("--data: the domains differ in their number of codebooks; prepare them alike")
     warm, every = config.phase1, config.probe_every or max(1, min(200, config.phase1 // 10))
     torch.manual_seed(config.seed)
     model = build(config, [d.meta for d in data]).to(device)
@@ -765,14 +637,12 @@ def train(config, resume=None):
     opt = torch.optim.AdamW([*groups(model), *groups(bitc)], lr=config.lr, fused=True)
     parts = dict(model=model, bitc=bitc, heads=heads, ema=ema, opt=opt)
     first, spent, chosen, history, log, aligning = 0, 0.0, None, [], [], False
-    sums = torch.zeros(5, device=device)  # of loss, fm, bitc, align, and how many steps
-
-    def add_heads():  # known only now, phase II's own parameters join the optimiser
+    sums = torch.zeros(5, device=device)  # since the last line of the log: loss, fm, bitc, align, and how many steps
+    def add_heads():  # known only after phase I, its parameters join the optimiser
         torch.manual_seed(config.seed + 1)  # alike on every rank
         heads.extend(AlignmentHeads(c["layers"], config.dim, d.dim).to(device) for c, d in zip(chosen, data))
         for group in groups(heads):
             opt.add_param_group(group)
-
     if resume:
         first, spent, chosen, history, log = (resume[k] for k in ("step", "spent", "chosen", "history", "log"))
         if chosen:
@@ -780,57 +650,54 @@ def train(config, resume=None):
         for name, part in parts.items():
             part.load_state_dict(resume[name])
         sums.copy_(resume["sums"])
-    if config.compile:
-        for layer in model.layers:  # layer by layer: one graph serves all, and capture's hooks still see each
-            layer.forward = torch.compile(layer.forward)
+    for layer in model.layers if config.compile else ():  # layer by layer: one graph serves all, and capture's hooks still see each
+        layer.forward = torch.compile(layer.forward)
     held = make_batch(data, config, 16, device=device)
     probes = [make_batch(data, config, PROBE_CLIPS, domains=[d], device=device) for d in range(len(data))]
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        print(f"{config.layers} layers of width {config.dim}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
-              f"parameters, on {world} x {device.type}; phase I to step {warm}, a probe every {every}; run folder {out}")
-        for name, d in zip(names, data):
-            print(f"domain {name}: {d.meta['hours']:.2f} h, teacher {d.meta['teacher']}, {d.meta['units']} units")
+        print(*(f"domain {n}: {d.meta['hours']:.2f} h, teacher {d.meta['teacher']}, {d.meta['units']} units" for n, d in zip(names, data)), sep="\n")
+        print(f"{config.layers} layers of width {config.dim}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on "
+              f"{world} x {device.type}; phase I to step {warm}, a probe every {every}; run folder {out}")
     lr = lambda step: config.lr * min((step + 1) / max(1, warm // 3), 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
     began, line = time.time() - spent, (time.time(), first)
 
     for step, batch in zip(range(first, config.steps + 1), loader(data, config, first, rank, world, device)):
-        end, switch = step == config.steps, chosen is None and step == warm
-        if step > first or not resume:  # a resumed run did all this before it saved
-            if switch or chosen is None and step and step % every == 0:
-                with torch.compiler.set_stance("force_eager"):  # ablation's stack has another height at each layer
-                    history.append(dict(step=step, scores=[probe(model, bitc, p, d) for d, p in enumerate(probes)]))
-                if rank == 0:  # an empty t is the mean over t
-                    write_table(out / "probe.csv", "step domain layer t foga lasp gradnorm", [
-                        [p["step"], name, k, t, *(f"{x:.6g}" for x in row)] for p in history for name, scores in zip(names, p["scores"])
-                        for k, s in enumerate(zip(*scores), 1) for t, *row in [*zip(PROBE_TIMES, *s), ("", *map(np.mean, s))]])
-            if switch:  # phase I is over: the layers are chosen, once
-                chosen = [choose(config, history, d, name, print if rank == 0 else lambda text: None) for d, name in enumerate(names)]
-                if world > 1:
-                    dist.broadcast_object_list(chosen)
-                add_heads()
-                if rank == 0:
-                    write_text(out / "layers.json", json.dumps(dict(zip(names, chosen)), indent=1))
-            if rank == 0 and (step % config.eval_every == 0 or switch or end):
-                with torch.no_grad(), amp():
-                    x_t, u = flow_path(held.x0, held.x1, held.t)
-                    val = flow_matching_loss(ema(x_t, held.t, held.cond), u, held.scored).mean().item()
-                *mean, count = (sums[:4] / sums[4]).tolist() + [sums[4].item()]
-                if step > line[1] and not count:
-                    raise ValueError(f"no finite gradient since step {line[1]}: lower --lr {config.lr:g}, or --dtype float32")
-                pace, line = (time.time() - line[0]) / max(1, step - line[1]), (time.time(), step)
-                mean = [f"{x:.5f}" if count and (aligning or i < 3) else "" for i, x in enumerate(mean)]
-                speed = batch.x1[..., 0].numel() * world / pace
-                log.append([step, 1 + (step > warm), *mean, f"{val:.5f}", f"{lr(step):.3e}", f"{speed:.0f}", f"{time.time() - began:.1f}"])
-                write_table(out / "log.csv", "step phase loss fm bitc align val_fm lr frames_per_s seconds", log)
-                print("step {:6d}  loss {:>7.7}  fm {:>7.7}  bitc {:>7.7}  align {:>7.7}  held out {:7.7}  lr {}".format(step, *[x or "-" for x in log[-1][2:8]])
-                      + (f"  {speed:.0f} frames/s  {clock(pace * (config.steps - step))} left" if count else ""), flush=True)
-                sums.zero_()
-            if rank == 0 and step and (step % config.save_every == 0 or switch or end):
-                domains = [{**{k: v for k, v in d.meta.items() if k != "skipped"}, "centroids": torch.tensor(np.array(d.units))} for d in data]
-                save(out, dict(format="agrepa 1", config=dataclasses.asdict(config), names=names, domains=domains, step=step, chosen=chosen, sums=sums,
-                               history=history, log=log, spent=time.time() - began, **{name: p.state_dict() for name, p in parts.items()}))
+        end, switch, new = step == config.steps, chosen is None and step == warm, step > first or not resume
+        if new and (switch or chosen is None and step and step % every == 0):
+            with torch.compiler.set_stance("force_eager"):  # ablation's stack has another height at each layer
+                history.append(dict(step=step, scores=[probe(model, bitc, p, d) for d, p in enumerate(probes)]))
+            if rank == 0:  # an empty t is the mean over t
+                write_table(out / "probe.csv", "step domain layer t foga lasp gradnorm", [
+                    [p["step"], name, k, t, *(f"{x:.6g}" for x in row)] for p in history for name, scores in zip(names, p["scores"])
+                    for k, s in enumerate(zip(*scores), 1) for t, *row in [*zip(PROBE_TIMES, *s), ("", *map(np.mean, s))]])
+        if new and switch:  # phase I is over: the layers are chosen, once
+            chosen = [choose(config, history, d, name, print if rank == 0 else lambda text: None) for d, name in enumerate(names)]
+            if world > 1:
+                dist.broadcast_object_list(chosen)
+            add_heads()
+            if rank == 0:
+                write_text(out / "layers.json", json.dumps(dict(zip(names, chosen)), indent=1))
+        if new and rank == 0 and (step % config.eval_every == 0 or switch or end):
+            with torch.no_grad(), amp():
+                x_t, u = flow_path(held.x0, held.x1, held.t)
+                val = flow_matching_loss(ema(x_t, held.t, held.cond), u, held.scored).mean().item()
+            *total, count = sums.tolist()
+            if step > line[1] and not count:
+                raise ValueError(f"no finite gradient since step {line[1]}: lower --lr {config.lr:g}, or --dtype float32")
+            pace, line = (time.time() - line[0]) / max(1, step - line[1]), (time.time(), step)
+            mean = [f"{x / count:.5f}" if count and (aligning or i < 3) else "" for i, x in enumerate(total)]
+            log.append([step, 1 + (step > warm), *mean, f"{val:.5f}", f"{lr(step):.3e}", f"{batch.x1[..., 0].numel() * world / pace:.0f}",
+                        f"{time.time() - began:.1f}"])
+            write_table(out / "log.csv", LOG, log)
+            print("  ".join(f"{name} {x or '-':>7}" for name, x in zip(LOG.split(), log[-1])),
+                  f" {int(pace * (config.steps - step) / 60)} min left", flush=True)
+            sums.zero_()
+        if new and rank == 0 and step and (step % config.save_every == 0 or switch or end):
+            domains = [{**d.meta, "skipped": None, "centroids": torch.tensor(np.array(d.units))} for d in data]
+            save(out, dict(format="agrepa 2", config=dataclasses.asdict(config), names=names, domains=domains, step=step, chosen=chosen,
+                           sums=sums, history=history, log=log, spent=time.time() - began, **{k: p.state_dict() for k, p in parts.items()}))
         if end:
             return dict(zip(names, chosen))
         torch.manual_seed(hash((config.seed, step, rank)) % 2 ** 32)  # dropout's; all else comes with the batch
@@ -841,11 +708,9 @@ def train(config, resume=None):
         loss.backward()
         params = [p for g in opt.param_groups for p in g["params"] if p.grad is not None]
         if world > 1:  # the mean over processes, in one message
-            flat = torch.cat([p.grad.flatten() for p in params])
-            dist.all_reduce(flat)
-            for p, g in zip(params, flat.div_(world).split([p.numel() for p in params])):
-                p.grad.copy_(g.view_as(p))
-        good = torch.nn.utils.clip_grad_norm_(params, 1.0).isfinite()
+            dist.all_reduce(flat := nn.utils.parameters_to_vector(grads := [p.grad for p in params]))
+            nn.utils.vector_to_parameters(flat / world, grads)
+        good = nn.utils.clip_grad_norm_(params, 1.0).isfinite()
         opt.found_inf = 1 - good.float()  # a gradient that isn't finite changes nothing, and nobody waits to see it
         for group in opt.param_groups:
             group["lr"] = lr(step)
@@ -854,298 +719,78 @@ def train(config, resume=None):
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.9999, (1 + step) / (10 + step)))
         sums += torch.where(good, torch.stack([loss, fm, bit, align, torch.ones_like(fm)]).detach(), torch.zeros_like(sums))
 
-
 # ---- 12. Metrics and figures (tables, Fig. 1) ------------------------------------------------------------------------
-
-def restore(path, device):
-    """A checkpoint -> its content, its Config, its EMA model in eval mode."""
-    state = load_checkpoint(path)
-    config = Config(**state["config"])
-    model = build(config, state["domains"]).to(device).eval().requires_grad_(False)
-    model.load_state_dict(state["ema"])
-    return state, config, model
-
-def teachers(meta, named, device):
-    """A domain's teacher, and the one its units come from. A callable runs only if the command line names it."""
-    for spec in (meta["teacher"], meta["units_teacher"]):
-        if ":" in spec and spec not in named:
-            raise ValueError(f"this checkpoint's teacher is code, {spec}, and runs only if you name it: --teacher {spec}")
-    teacher = Teacher(meta["teacher"], meta["teacher_layer"]).to(device)
-    same = meta["units_teacher"] == meta["teacher"]
-    return teacher, teacher if same else Teacher(meta["units_teacher"], meta["teacher_layer"]).to(device)
 
 def frechet(a, b):
     """Between Gaussians fitted to rows a [n, d] and b [m, d]: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))."""
     A, B = np.cov(a.T), np.cov(b.T)
     w, U = np.linalg.eigh(A)
     root = (U * np.sqrt(w.clip(0))) @ U.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum())
 
 @torch.no_grad()
 def evaluate(path, named=(), device="cpu"):
     """A checkpoint's metrics on held-out clips, the reference prefix left out; also into metrics.json beside it."""
-    from torchaudio.functional import resample
+    from data_prep import assign, resample, restore, teachers
     (state, config, model), found = restore(path, device), {}
-    n, p = config.blocks, max(1, int(0.3 * config.blocks))
-    data, same = [BlockDataset(folder, config.raw_teacher) for folder in config.data], dataclasses.replace(config, seed=0)
+    n, p, data = config.blocks, max(1, int(0.3 * config.blocks)), [BlockDataset(folder) for folder in config.data]
+    after = torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES  # the prefix is p blocks of n
+    real = lambda cond: torch.ones(cond.ref.shape[0], n - p, dtype=torch.bool, device=device) if cond.mask is None else cond.mask[:, p:]
+    pick = lambda x, cond: x.unflatten(1, (n, TEACHER_FRAMES))[:, p:][real(cond)]  # [B, n x 8, ...] -> [rows, 8, ...]
+    def hear(mel, cond):  # through the same vocoder -> teacher's rows and units of the real blocks after the prefix
+        wave = resample(mel_to_wave(mel * meta["mel_std"] + meta["mel_mean"]), RATE, TEACHER_RATE)
+        features = teacher(wave)
+        units = assign(features if listener is teacher else listener(wave), meta["centroids"][:, :listener.dim].to(device))
+        return pick(features, cond).mean(1).cpu().double().numpy(), pick(units, cond)
     for d, (name, meta) in enumerate(zip(state["names"], state["domains"])):
-        (teacher, listener), dim = teachers(meta, named, device), meta["dim"]
-        clips = min(max(64, 3 * dim // max(1, n - p)), int(data[d].offsets[-1] - data[d].offsets[data[d].train]) // n)
-        if clips * (n - p) <= dim:  # even if all were real
-            raise ValueError(f"{name}: {clips} held-out clips give no covariance of {dim} features; hold out more audio")
-        held, other = (make_batch(data, same, clips, step, domains=[d], device=device) for step in (None, 0))
-        after = torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES
+        (teacher, listener), dim, ends = teachers(meta, named, device), meta["dim"], data[d].offsets
+        clips = max(1, min(max(64, 3 * dim // max(1, n - p)), int(ends[-1] - ends[data[d].train]) // n))
+        held, other = (make_batch(data, dataclasses.replace(config, seed=0), clips, step, domains=[d], device=device) for step in (None, 0))
+        if (rows := int(real(held.cond).sum())) <= dim:
+            raise ValueError(f"{name}: {rows} held-out blocks give no covariance of {dim} features; hold out more audio")
+        print(f"{name}: {clips} held-out clips", flush=True)
         x_t, u = flow_path(held.x0, held.x1, held.t)
         fm = flow_matching_loss(model(x_t, held.t, held.cond), u, held.scored).mean().item()
         began = time.time()
         made = sample(model, held.cond._replace(ref=torch.where(after, 0, held.x1)), held.x0)
         factor = (time.time() - began) / (clips * n * BLOCK)
-
-        def hear(mel, cond):  # through the same vocoder -> teacher's rows and units of the real blocks after the prefix
-            wave = resample(mel_to_wave(mel * meta["mel_std"] + meta["mel_mean"]), 3, 2)
-            feats = teacher(wave)
-            heard = assign(feats if listener is teacher else listener(wave), meta["centroids"][:, :listener.dim].to(device))
-            return blocks(feats, cond.mask).mean(1).cpu().double().numpy(), blocks(heard, cond.mask)
-
-        def blocks(x, mask):  # [clips, n x 8, ...] -> [rows, 8, ...]
-            x = x.unflatten(1, (n, TEACHER_FRAMES))[:, p:]
-            return x.flatten(0, 1) if mask is None else x[mask[:, p:]]
-        (rows, units), (fake, heard) = hear(held.x1, held.cond), hear(torch.where(after, made, held.x1), held.cond)
-        if len(rows) <= dim:
-            raise ValueError(f"{name}: {len(rows)} held-out blocks give no covariance of {dim} features; hold out more audio")
-        real, _ = hear(other.x1, other.cond)
-        truth = blocks(held.cond.tokens[:, ::meta["codebooks"]], held.cond.mask)
-        found[name] = dict(clips=clips, rows=len(rows), flow_matching_loss=fm, frechet=frechet(fake, rows), frechet_floor=frechet(real, rows),
-                           unit_error=(heard != units).float().mean().item(), unit_error_floor=(truth != units).float().mean().item(),
-                           real_time_factor=factor)
+        (truth, units), (fake, heard) = hear(held.x1, held.cond), hear(torch.where(after, made, held.x1), held.cond)
+        stored, error = pick(held.cond.tokens[:, ::meta["codebooks"]], held.cond), lambda x: (x != units).float().mean().item()
+        found[name] = dict(clips=clips, rows=rows, flow_matching_loss=fm, frechet=frechet(fake, truth),
+                           frechet_floor=frechet(hear(other.x1, other.cond)[0], truth),
+                           unit_error=error(heard), unit_error_floor=error(stored), real_time_factor=factor)
     write_text(Path(path).parent / "metrics.json", json.dumps(found, indent=1))
     return found
 
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
-
-def panels(rows, columns, height, **kw):
-    return pyplot().subplots(rows, columns, figsize=(min(max(6.5, 4.4 * columns), 10), height), squeeze=False, layout="constrained", **kw)
-
-def draw_layers(entries, path):
-    """Store beside contribute, a pair of panels a domain; entries: layers.json's."""
-    L = len(next(iter(entries.values()))["foga"])
-    fig, axes = panels(1, 2 * len(entries), 0.2 * L + 1.4, sharey=True)
-    for (name, entry), (store, contribute) in zip(entries.items(), axes[0].reshape(-1, 2)):
-        store.barh(range(1, L + 1), entry["lasp"], color="#e0a030", hatch="//", edgecolor="white")
-        bars = contribute.barh(range(1, L + 1), entry["foga"], color="#b4c4d4")
-        for k, lam in zip(entry["layers"], entry["weights"]):
-            bars[k - 1].set_color("#1f4e79")
-            contribute.text(entry["foga"][k - 1], k, f" $\\lambda$ {lam:.2f}", va="center", fontsize=8)
-        contribute.margins(x=0.3)
-        store.set(title=f"{name}\nstores", xlabel="LASP (cosine)", yticks=range(1, L + 1), ylabel="layer")
-        contribute.set(title=f"{name}\ncontributes; dark: chosen", xlabel="FoG-A (relative change)", ylim=(L + 0.6, 0.4))
-    fig.savefig(path, dpi=100)
-    return path
-
 def figures(*folders):
     """PNGs of a run from its tables and sounds, into its folder; of several, one that compares them. -> paths"""
-    plt = pyplot()
-    made, here = [], Path(folders[0])
-
-    def read(folder, name):
-        try:
-            with open(Path(folder) / name) as f:
-                return json.load(f) if name.endswith("json") else list(csv.DictReader(f))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: not the folder of a run past its phase I ({error})") from None
-
-    def finish(fig, name):
-        made.append(here / name)
-        fig.savefig(made[-1], dpi=100)
-        plt.close(fig)
-
-    if len(folders) > 1:
-        fig, [[ax]] = panels(1, 1, 3.4)
-        print(f"{'run':24}{'select':>10}  held-out loss  layers")
-        for folder, style in zip(map(Path, folders), itertools.cycle(("-", "--", "-.", ":"))):
-            log, chosen, select = read(folder, "log.csv"), read(folder, "layers.json"), read(folder, "config.json")["select"]
-            ax.plot([int(r["step"]) for r in log], [float(r["val_fm"]) for r in log], style, label=f"{folder.name}: {select}")
-            print(f"{folder.name:24}{select:>10}  {log[-1]['val_fm']:>13}  " + "; ".join(f"{n} {e['layers']}" for n, e in chosen.items()))
-        ax.set(xlabel="step", ylabel="held-out flow-matching loss")
-        ax.legend(fontsize=8)
-        finish(fig, "compare.png")
-        return made
-    chosen, log, probes = read(here, "layers.json"), read(here, "log.csv"), read(here, "probe.csv")
-    L = len(next(iter(chosen.values()))["foga"])
-    made.append(draw_layers(chosen, here / "dissociation.png"))
-    fig, axes = panels(1, len(chosen), 0.16 * L + 1.8)  # contribution over time
-    for name, ax in zip(chosen, axes[0]):
-        own = [r for r in probes if r["domain"] == name and r["t"]]
-        grid = [[float(r["foga"]) for r in own if r["step"] == own[-1]["step"] and r["layer"] == str(k)] for k in range(1, L + 1)]
-        image = ax.imshow(grid, aspect="auto", cmap="viridis", extent=(0, 1, L + 0.5, 0.5))
-        ax.set(title=f"{name}, step {own[-1]['step']}", xlabel="t (0: noise, 1: data)", xticks=PROBE_TIMES, ylabel="layer",
-               yticks=range(1, L + 1, 1 + L // 16))
-        fig.colorbar(image, label="FoG-A (relative change)")
-    finish(fig, "foga.png")
-
-    fig, [[ax]] = panels(1, 1, 3.4)
-    for key, style, text in (("fm", "-", "flow matching"), ("val_fm", "o-", "flow matching, held out"), ("bitc", "--", "BiT-C"), ("align", ":", "alignment")):
-        line = [(int(r["step"]), float(r[key])) for r in log if r[key]]
-        ax.plot(*zip(*line or [(0, np.nan)]), style, markersize=3, label=text)
-    switch = max(int(r["step"]) for r in log if r["phase"] == "1")
-    ax.axvline(switch, color="grey", linewidth=1)
-    ax.text(switch, 0.97, " layers chosen", transform=ax.get_xaxis_transform(), va="top", fontsize=8)
-    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    ax.legend(fontsize=8)
-    finish(fig, "loss.png")
-
-    sounds = [name for name in chosen if (here / f"sample-{name}.wav").exists()]
-    if sounds:
-        import soundfile
-        fig, axes = panels(2, len(sounds), 4, sharex="col")
-        for name, column in zip(sounds, axes.T):
-            waves = [torch.from_numpy(soundfile.read(here / f"{kind}-{name}.wav", dtype="float32")[0]) for kind in ("target", "sample")]
-            mels = [log_mel(wave[None])[0].T.numpy() for wave in waves]
-            low, high = np.quantile(mels[0], (0.05, 0.99))  # one scale for both
-            for ax, mel, text in zip(column, mels, ("real", "generated")):
-                image = ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, len(waves[0]) / RATE, 0, N_MELS))
-                ax.set(title=f"{name}: {text}", ylabel="mel bin", xlabel="time (s)" if text == "generated" else None)
-            fig.colorbar(image, ax=column, label="log magnitude")
-        finish(fig, "mel.png")
-    return made
-
+    import data_prep
+    return data_prep.figures(*folders)
 
 # ---- 13. Command line ------------------------------------------------------------------------------------------------
 
-TOY = dict(layers=6, dim=128, heads=4, seconds=1.92, batch_size=16, steps=240, lr=2e-3, teacher="MFCC", units=64,
-           probe_steps=90, probe_every=15, eval_every=40)
-
-def settings(given):
-    """Flags of the command line -> Config, and the checkpoint to resume. Prepares folders of audio."""
-    import data_prep
-    stored, resume, out = {}, None, Path(given.get("out", ""))
-    if "resume" in given:
-        if "out" not in given or not (out / "config.json").exists():
-            raise ValueError(f"--resume: no run in --out {given.get('out', '')!r}")
-        stored = json.loads((out / "config.json").read_text())
-        found = [p for p in (out / "last.pt", out / "previous.pt") if p.exists()]
-        resume = load_checkpoint(found[0]) if found else None
-    elif "data" not in given:
-        toy = {k: v for k, v in TOY.items() if k not in given}
-        print("toy corpus; a small model: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items()))
-        given = {**toy, **given, "data": data_prep.toy(Path(given.get("cache", Config.cache)) / "toy-audio")}
-    config = Config(**{**stored, **given})
-    config.check()
-    config.data = [str(data_prep.prepared(folder, config, given)) for folder in config.data]
-    for k in (set(given) & set(stored)) - set("device dtype compile eval_every save_every resume cache out".split()):
-        if getattr(config, k) != stored[k]:
-            raise ValueError(f"--resume: {out} was run with --{k.replace('_', '-')} {stored[k]}, not {getattr(config, k)}")
-    if not config.out:
-        name = "+".join(BlockDataset(d).meta["name"] for d in config.data)
-        config.out = str(next(p for i in itertools.count(1) if not (p := Path("runs", f"{name}-{i}")).exists()))
-    if not stored and int(os.environ.get("RANK", 0)) == 0 and Path(config.out).exists() and any(Path(config.out).iterdir()):
-        raise ValueError(f"--out {config.out}: not empty; --resume goes on with a run, another --out starts a new one")
-    return config, resume
-
-def write_wave(path, wave):
-    import soundfile
-    soundfile.write(f"{path}.part", (wave / wave.abs().max().clamp(min=1)).cpu().numpy(), RATE, format="WAV")
-    os.replace(f"{path}.part", path)
-
-def finish_run(folder, device):
-    """A run's end: a held-out clip of each domain, generated beside real, through the same vocoder; and the figures."""
-    state, config, model = restore(folder / "last.pt", device)
-    for d, (name, data) in enumerate(zip(state["names"], map(BlockDataset, config.data))):
-        u = len(data.offsets) - 2  # the longest held out: they stand in order of length
-        n = min(60, int(data.offsets[-1] - data.offsets[-2]))
-        mel, ids = (torch.from_numpy(x).to(device) for x in data.clip(u, 0, n)[:2])
-        p = max(1, min(n, int(0.3 * config.blocks)))
-        made = resynthesise(model, ids, mel[:p * FRAMES], ids[:p * len(ids) // n], d, config.blocks)
-        for kind, x in (("sample", made), ("target", mel)):
-            write_wave(folder / f"{kind}-{name}.wav", mel_to_wave(x[None] * data.meta["mel_std"] + data.meta["mel_mean"])[0])
-    print(f"sound, generated and real: {folder}/sample-*.wav, {folder}/target-*.wav")
-    try:
-        print("pictures:", *figures(folder))
-    except ValueError as error:
-        print(error)
-
-def resound(path, ask, named, device):
-    """--sample: the tokens of --input, sounded again in the voice of --prompt."""
-    import data_prep
-    state, config, model = restore(path, device)
-    name = ask.get("domain", state["names"][0])
-    if not {"input", "output"} <= set(ask) or name not in state["names"]:
-        raise ValueError(f"--sample needs --input FILE, --output FILE.wav, and a --domain of {', '.join(state['names'])}")
-    if ask.get("nfe", 1) < 1:
-        raise ValueError(f"--nfe {ask['nfe']}: needs a step at least")
-    if os.path.exists(ask["output"]):
-        raise ValueError(f"--output {ask['output']}: exists already; nothing is overwritten")
-    d = state["names"].index(name)
-    meta, n = state["domains"][d], config.blocks
-    _, listener = teachers(meta, named, device)
-    mel, ids = data_prep.understand(ask["input"], meta, listener, device)
-    prompt, prompt_ids = data_prep.understand(ask["prompt"], meta, listener, device) if "prompt" in ask else (mel, ids)
-    p = min(len(prompt) // FRAMES, max(1, int(0.3 * n)))
-    made = resynthesise(model, ids, prompt[:p * FRAMES], prompt_ids[:p * TEACHER_FRAMES * meta["codebooks"]], d, n, seed=ask.get("seed", 0),
-                        **{k: ask[k] for k in ("nfe", "guidance", "sway") if k in ask})
-    write_wave(ask["output"], mel_to_wave(made[None] * meta["mel_std"] + meta["mel_mean"], ask.get("vocoder", "griffinlim"))[0])
-    print(f"{ask['output']}: {len(made) / FRAMES * BLOCK:.2f} s")
-
-def probe_again(path, device):
-    """--probe: a checkpoint's stores and contributions, beside the layers that phase I chose."""
-    state, config, model = restore(path, device)
-    model.load_state_dict(state["model"]), model.requires_grad_(True)
-    bitc = nn.ModuleList(BiTC(config.dim, m["dim"]) for m in state["domains"]).to(device)
-    bitc.load_state_dict(state["bitc"])
-    data = [BlockDataset(folder, config.raw_teacher) for folder in config.data]
-    scores = [probe(model, bitc, make_batch(data, config, PROBE_CLIPS, domains=[d], device=device), d) for d in range(len(data))]
-    found = [dict(step=state["step"], scores=scores)]
-    now = [choose(dataclasses.replace(config, probe_steps=1), found, d, name) for d, name in enumerate(state["names"])]
-    for name, a, b in zip(state["names"], state["chosen"] or [], now):
-        print(f"{name}: {len(set(a['layers']) & set(b['layers']))} of the {len(a['layers'])} layers chosen after phase I, {a['layers']}, are chosen now")
-    print(draw_layers(dict(zip(state["names"], now)), Path(path).parent / f"probe-{state['step']}.png"))
-
-def add_flags(parser, names):
-    for f in (f for f in dataclasses.fields(Config) if f.name in names):
-        kind = dict(nargs="+") if f.name == "data" else dict(action="store_true") if f.default is False else dict(type=type(f.default))
-        text = f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind, **{**f.metadata, "help": text})
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
-    add_flags(parser, [f.name for f in dataclasses.fields(Config)])
-    other = parser.add_argument_group("instead of training").add_argument
-    other("--sample", metavar="CKPT", help="sound --input again from its tokens, into --output")
-    other("--input", metavar="FILE"), other("--output", metavar="FILE.wav")
-    other("--prompt", metavar="FILE", help="whose voice (default: the input's first seconds)")
-    other("--domain", help="default: the checkpoint's first")
-    other("--nfe", type=int, help="Euler steps (default: 32)"), other("--guidance", type=float, help="default: 3; 1 is off")
-    other("--sway", type=float, help="default: -1"), other("--vocoder", choices=("griffinlim", "vocos"), help="default: griffinlim")
-    other("--evaluate", metavar="CKPT", help="metrics on held-out audio"), other("--probe", metavar="CKPT", help="store and contribute, now")
-    other("--figures", nargs="+", metavar="RUN", help="draw a run, or compare several")
-    given = vars(parser.parse_args())
+    import data_prep
+    given = data_prep.command_line(__doc__.splitlines()[0])
     try:
-        device, named = launch(Config(device=given.get("device", "auto")))[2], [given.get("teacher"), given.get("units_teacher")]
+        rank, _, device, _ = launch(Config(device=given.get("device", "auto")))
+        named = given.get("teacher"), given.get("units_teacher")
         if "sample" in given:
-            resound(given["sample"], given, named, device)
+            data_prep.resound(given["sample"], given, named, device)
         elif "evaluate" in given:
             for name, row in evaluate(given["evaluate"], named, device).items():
                 print(name, *(f"  {k:20} {v:.5g}" for k, v in row.items()), sep="\n")
         elif "probe" in given:
-            probe_again(given["probe"], device)
+            data_prep.probe_again(given["probe"], device)
         elif "figures" in given:
             print(*figures(*given["figures"]), sep="\n")
         else:
-            if stray := set(given) - {f.name for f in dataclasses.fields(Config)}:
-                raise ValueError(f"--{min(stray)} goes with --sample CKPT")
-            config, resume = settings(given)
+            config, resume = data_prep.settings(given)
             train(config, resume)
             if dist.is_initialized():
                 dist.destroy_process_group()
-            if int(os.environ.get("RANK", 0)) == 0:
-                finish_run(Path(config.out), device)
+            if rank == 0:
+                data_prep.finish(Path(config.out), device)
     except (ValueError, OSError) as error:
         sys.exit(print(f"agrepa.py: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
