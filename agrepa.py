@@ -15,7 +15,7 @@
 Shapes: B clips, T mel frames, N tokens, M mel bins, D width, L layers (counted from 1), dim the teacher's width.
 Time comes in blocks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames and 8 tokens a codebook at 50 Hz.
 """
-import contextlib, copy, dataclasses, importlib, itertools, json, math, os, random, runpy, sys, time
+import contextlib, copy, dataclasses, datetime, importlib, itertools, json, math, os, random, runpy, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -688,11 +688,11 @@ def train(config, resume=None):
                 raise ValueError(f"no finite gradient since step {line[1]}: lower --lr {config.lr:g}, or --dtype float32")
             pace, line = (time.time() - line[0]) / max(1, step - line[1]), (time.time(), step)
             mean = [f"{x / count:.5f}" if count and (aligning or i < 3) else "" for i, x in enumerate(total)]
-            log.append([step, 1 + (step > warm), *mean, f"{val:.5f}", f"{lr(step):.3e}", f"{batch.x1[..., 0].numel() * world / pace:.0f}",
-                        f"{time.time() - began:.1f}"])
+            speed = f"{batch.x1[..., 0].numel() * world / pace:.0f}" if count else ""
+            log.append([step, 1 + (step > warm), *mean, f"{val:.5f}", f"{lr(step):.3e}", speed, f"{time.time() - began:.1f}"])
             write_table(out / "log.csv", LOG, log)
-            print("  ".join(f"{name} {x or '-':>7}" for name, x in zip(LOG.split(), log[-1])),
-                  f" {int(pace * (config.steps - step) / 60)} min left", flush=True)
+            left = datetime.timedelta(seconds=int(pace * (config.steps - step)))
+            print(*(f"{k} {x:>7} " for k, x in zip(LOG.split(), log[-1]) if k not in ("phase", "loss", "seconds")), left if count else "?", "left", flush=True)
             sums.zero_()
         if new and rank == 0 and step and (step % config.save_every == 0 or switch or end):
             domains = [{**d.meta, "skipped": None, "centroids": torch.tensor(np.array(d.units))} for d in data]

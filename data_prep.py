@@ -8,7 +8,7 @@
 The audio is only read. WAV, FLAC, OGG, MP3 and whatever else libsndfile opens, of any rate and channel count, from
 one block up; what can't be used is skipped, and listed with the reason in meta.json.
 """
-import argparse, collections, contextlib, csv, dataclasses, functools, hashlib, itertools, json, math, os, shutil, sys, time
+import argparse, collections, contextlib, csv, dataclasses, datetime, functools, hashlib, itertools, json, math, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -333,7 +333,7 @@ def prepare(folder, out, config, name=None):
                 audio = (state["rows"] - done_before + sum(len(p) for _, p, _ in sample)) * BLOCK
                 left = (total - done_before * BLOCK - audio) * (now - began) / max(audio, 1e-9)
                 print(f"  {(done_before * BLOCK + audio) / 3600:.2f} of {total / 3600:.2f} h, {audio / (now - began):.0f} x real time, "
-                      f"{left / 60:.0f} min left", flush=True)
+                      f"{datetime.timedelta(seconds=int(left))} left", flush=True)
                 said = now
     if not 0 < state["train"] < len(state["lengths"]):
         raise ValueError(none_left())
