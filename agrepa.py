@@ -731,16 +731,16 @@ def frechet(a, b):
 @torch.no_grad()
 def evaluate(path, named=(), device="cpu"):
     """A checkpoint's metrics on held-out clips, the reference prefix left out; also into metrics.json beside it."""
-    from data_prep import assign, resample, restore, teachers
+    from data_prep import assign, listen, resample, restore, teachers
     (state, config, model), found = restore(path, device), {}
     n, p, data = config.blocks, max(1, int(0.3 * config.blocks)), [BlockDataset(folder) for folder in config.data]
     after = torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES  # the prefix is p blocks of n
     real = lambda cond: torch.ones(cond.ref.shape[0], n - p, dtype=torch.bool, device=device) if cond.mask is None else cond.mask[:, p:]
-    pick = lambda x, cond: x.unflatten(1, (n, TEACHER_FRAMES))[:, p:][real(cond)]  # [B, n x 8, ...] -> [rows, 8, ...]
+    pick = lambda x, cond: x.unflatten(0, (-1, n, TEACHER_FRAMES))[:, p:][real(cond)]  # [B x n x 8, ...] -> [rows, 8, ...]
     def hear(mel, cond):  # through the same vocoder -> teacher's rows and units of the real blocks after the prefix
-        wave = resample(mel_to_wave(mel * meta["mel_std"] + meta["mel_mean"]), RATE, TEACHER_RATE)
-        features = teacher(wave)
-        units = assign(features if listener is teacher else listener(wave), meta["centroids"][:, :listener.dim].to(device))
+        wave = resample(mel_to_wave(mel * meta["mel_std"] + meta["mel_mean"]), RATE, TEACHER_RATE).flatten()  # clip after clip
+        features = listen(teacher, wave)
+        units = assign(features if listener is teacher else listen(listener, wave), meta["centroids"][:, :listener.dim].to(device))
         return pick(features, cond).mean(1).cpu().double().numpy(), pick(units, cond)
     for d, (name, meta) in enumerate(zip(state["names"], state["domains"])):
         (teacher, listener), dim, ends = teachers(meta, named, device), meta["dim"], data[d].offsets
@@ -755,7 +755,7 @@ def evaluate(path, named=(), device="cpu"):
         made = sample(model, held.cond._replace(ref=torch.where(after, 0, held.x1)), held.x0)
         factor = (time.time() - began) / (clips * n * BLOCK)
         (truth, units), (fake, heard) = hear(held.x1, held.cond), hear(torch.where(after, made, held.x1), held.cond)
-        stored, error = pick(held.cond.tokens[:, ::meta["codebooks"]], held.cond), lambda x: (x != units).float().mean().item()
+        stored, error = pick(held.cond.tokens[:, ::meta["codebooks"]].flatten(), held.cond), lambda x: (x != units).float().mean().item()
         found[name] = dict(clips=clips, rows=rows, flow_matching_loss=fm, frechet=frechet(fake, truth),
                            frechet_floor=frechet(hear(other.x1, other.cond)[0], truth),
                            unit_error=error(heard), unit_error_floor=error(stored), real_time_factor=factor)

@@ -253,7 +253,7 @@ def prepare(folder, out, config, name=None):
     centroids = None if fresh else torch.from_numpy(np.load(part / "units.npy")).to(device)
     sums = np.zeros(3 + teacher.dim) if fresh else np.array(state["sums"])  # values, sum, sum of squares; teacher's sum
 
-    def listen(model, wave):
+    def hear(model, wave):
         with amp() if hasattr(model.net, "extract_features") else contextlib.nullcontext():  # torchaudio's transformers
             return model(wave).float()
 
@@ -274,8 +274,8 @@ def prepare(folder, out, config, name=None):
             return []
         wave = torch.stack([w for w, _ in good]).to(device)
         mel = torch.stack([m for _, m in good])  # [b, n x 15, M]
-        feats = listen(teacher, wave)  # [b, n x 8, dim]
-        heard = (feats if listener is teacher else listen(listener, wave)).half()  # what units are assigned from
+        feats = hear(teacher, wave)  # [b, n x 8, dim]
+        heard = (feats if listener is teacher else hear(listener, wave)).half()  # what units are assigned from
         pooled = feats.float().unflatten(1, (-1, TEACHER_FRAMES)).mean(2).cpu()
         return list(zip(mel, pooled, heard))
 
@@ -535,6 +535,10 @@ def teachers(meta, named, device):
     make = functools.cache(lambda spec: Teacher(spec, meta["teacher_layer"]).to(device))
     return make(meta["teacher"]), make(meta["units_teacher"])
 
+def listen(teacher, wave):
+    """A sound of any length [n x 2560], in windows as preparation takes them -> its features [n x 8, dim]."""
+    return torch.cat([teacher(w[None])[0] for w in wave.split(WINDOW * 2560)])
+
 def understand(path, meta, listener, device):
     """A file for sampling: its mel [n x 15, M], normalised, and its ids [n x 8 x codebooks], by a checkpoint's own units."""
     try:
@@ -544,8 +548,7 @@ def understand(path, meta, listener, device):
     if rate < TEACHER_RATE:
         print(f"note: {path} is sampled at {rate} Hz: nothing above {rate // 2} Hz is there to be heard")
     mel = log_mel(wave24[None].to(device))
-    heard = torch.cat([listener(w[None].to(device)) for w in wave.split(WINDOW * 2560)], 1)
-    ids = tokenise(heard, mel, meta["centroids"].to(device), meta["codebooks"])[0]
+    ids = tokenise(listen(listener, wave.to(device))[None], mel, meta["centroids"].to(device), meta["codebooks"])[0]
     return (mel[0] - meta["mel_mean"]) / meta["mel_std"], ids
 
 def resynthesise(model, ids, prompt, prompt_ids, domain, blocks, seed=0, **how):
