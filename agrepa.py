@@ -234,13 +234,13 @@ class Teacher(nn.Module):
         for self.pad in (0, 80):  # HuBERT's receptive field of 400 samples costs a frame; 80 zeros give it back
             shape = self.features(torch.zeros(1, 2 * 2560 + self.pad)).shape
             if len(shape) == 3 and shape[1] == 2 * TEACHER_FRAMES:
-                self.dim = shape[2]
+                self.dim, self.place = shape[2], torch.zeros(1, 1)  # place: see data_prep.place_means
                 return
         raise ValueError(f"--teacher {spec}: 0.32 s at 16 kHz gave {list(shape)}, need [1, 16, dim]: 50 Hz")
 
     @torch.no_grad()
     def forward(self, wave):
-        return self.features(F.pad(wave, (0, self.pad)))
+        return (x := self.features(F.pad(wave, (0, self.pad)))) - self.place[:x.shape[1]].to(x.device)
 
 def pool_teacher(blocks, mask=None):
     """T(x): centred features [B, n, dim], a row a block -> [B, dim], the mean over real blocks; exact for any crop."""
@@ -456,8 +456,8 @@ class BlockDataset:
     def __init__(self, folder, raw_teacher=False):
         try:
             self.meta = json.loads((Path(folder) / "meta.json").read_text())
-            self.mel, self.tokens, self.teacher, self.units, offsets = (
-                np.load(Path(folder) / f"{x}.npy", mmap_mode="r") for x in ("mel", "tokens", "teacher", "units", "offsets"))
+            self.mel, self.tokens, self.teacher, self.units, self.place, offsets = (
+                np.load(Path(folder) / f"{x}.npy", mmap_mode="r") for x in "mel tokens teacher units place offsets".split())
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: not a prepared folder ({error})") from None
         if self.meta["format"] != FORMAT or not len(self.mel) == len(self.tokens) == len(self.teacher) == offsets[-1]:
@@ -695,7 +695,7 @@ def train(config, resume=None):
             print(*(f"{k} {x:>7} " for k, x in zip(LOG.split(), log[-1]) if k not in ("phase", "loss", "seconds")), left if count else "?", "left", flush=True)
             sums.zero_()
         if new and rank == 0 and step and (step % config.save_every == 0 or switch or end):
-            domains = [{**d.meta, "skipped": None, "centroids": torch.tensor(np.array(d.units))} for d in data]
+            domains = [{**d.meta, "skipped": None, "centroids": torch.tensor(np.array(d.units)), "place": torch.tensor(np.array(d.place))} for d in data]
             save(out, dict(format="agrepa 2", config=dataclasses.asdict(config), names=names, domains=domains, step=step, chosen=chosen,
                            sums=sums, history=history, log=log, spent=time.time() - began, **{k: p.state_dict() for k, p in parts.items()}))
         if end:

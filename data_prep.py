@@ -24,7 +24,7 @@ from agrepa import BLOCK, FORMAT, FRAMES, HOP, N_MELS, RATE, TEACHER_FRAMES, TEA
 AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .sph".split())
 WINDOW = 160  # blocks, 25.6 s: longer files are cut (attention is quadratic, Whisper sees 30 s)
 BATCH = 600  # blocks, 96 s of equal lengths to the teacher at once
-SAMPLE = 40  # teacher frames a unit to fit k-means on
+SAMPLE, WINDOWS = 40, 64  # what k-means and place_means are fitted on: frames a unit, and windows at least
 SAVE_SECONDS, SAY_SECONDS = 30, 5  # between notes of progress on disk, and lines of it
 
 # ---- sound in and out ------------------------------------------------------------------------------------------------
@@ -154,6 +154,22 @@ def k_means(x, k, rounds=12):
         centroids = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], spare)
     return centroids
 
+def place_means(features, least=0.1):
+    """What a teacher with absolute positions (Whisper) adds to its features at each place in its window: it says nothing
+    about the sound, and a crop would bring any of it. features: a list of [n, d] -> [WINDOW x 8, d] to take off, zero where
+    places explain less than `least` of the variance; and the share they explain, by the covariance of the means over two
+    halves of the list, so that chance does not count."""
+    mean, most = torch.cat(features).mean(0), WINDOW * TEACHER_FRAMES
+    sums, counts = torch.zeros(2, most, len(mean), device=mean.device), torch.zeros(2, most, 1, device=mean.device)
+    for i, x in enumerate(features):
+        sums[i % 2, :len(x)] += x - mean
+        counts[i % 2, :len(x)] += 1
+    both = (counts > 4).all(0)[:, 0]
+    a, b = (sums / counts.clamp(min=1))[:, both]
+    variance = sum((x - mean).square().sum() for x in features) / sum(map(len, features))
+    share = ((a * b).sum(1).mean() / variance).item() if both.any() else 0.0
+    return sums.sum(0) / (counts.sum(0) + 1) * (share > least), share
+
 # ---- preparing -------------------------------------------------------------------------------------------------------
 
 def plan(usable, held, units):
@@ -169,7 +185,7 @@ def plan(usable, held, units):
         raise ValueError("one utterance is too little: some audio has to be held out")
     lots = np.random.default_rng(0).permutation(len(train))  # windows of one long file are not the whole sample
     need, sample = units * SAMPLE / TEACHER_FRAMES, []
-    while need > 0 and len(sample) < len(train):
+    while (need > 0 or len(sample) < WINDOWS) and len(sample) < len(train):
         sample.append(train[lots[len(sample)]])
         need -= sample[-1][2]
     rest, batches, ends = [train[i] for i in sorted(lots[len(sample):])], [], []
@@ -250,7 +266,10 @@ def prepare(folder, out, config, name=None):
         print(f"going on where it stopped, {state['rows'] * BLOCK / 3600:.2f} h done", flush=True)
     rows = Rows(part, state["rows"], dict(mel=((FRAMES, N_MELS), "<f2"), teacher=((teacher.dim,), "<f2"),
                                           tokens=((TEACHER_FRAMES * config.codebooks,), "<u2")))
-    centroids = None if fresh else torch.from_numpy(np.load(part / "units.npy")).to(device)
+    centroids = None
+    if not fresh:
+        centroids, place = (torch.from_numpy(np.load(part / f"{x}.npy")).to(device) for x in ("units", "place"))
+        teacher.place, listener.place = place[:, :teacher.dim], place[:, -listener.dim:]
     sums = np.zeros(3 + teacher.dim) if fresh else np.array(state["sums"])  # values, sum, sum of squares; teacher's sum
 
     def hear(model, wave):
@@ -265,7 +284,7 @@ def prepare(folder, out, config, name=None):
             return str(error)
 
     def understand(batch, loaded):
-        """Audio of one batch -> [utterances] of mel, teacher rows, and the features that units are assigned from."""
+        """Audio of one batch -> [utterances] of mel [n x 15, M], teacher features [n x 8, dim], and those that units come from."""
         for window, x in zip(batch, loaded):
             if isinstance(x, str):
                 state["skipped"].append(dict(path=window[0], reason=x))
@@ -273,16 +292,13 @@ def prepare(folder, out, config, name=None):
         if not good:
             return []
         wave = torch.stack([w for w, _ in good]).to(device)
-        mel = torch.stack([m for _, m in good])  # [b, n x 15, M]
-        feats = hear(teacher, wave)  # [b, n x 8, dim]
-        heard = (feats if listener is teacher else hear(listener, wave)).half()  # what units are assigned from
-        pooled = feats.float().unflatten(1, (-1, TEACHER_FRAMES)).mean(2).cpu()
-        return list(zip(mel, pooled, heard))
+        features = hear(teacher, wave)
+        return list(zip([m for _, m in good], features, features if listener is teacher else hear(listener, wave)))
 
     def put(utterances, training):
-        for mel, pooled, heard in utterances:
+        for mel, features, heard in utterances:
+            pooled, mel16 = features.unflatten(0, (-1, TEACHER_FRAMES)).mean(1).cpu(), mel.half()
             tokens = tokenise(heard[None], mel[None].to(device), centroids, config.codebooks)[0].view(len(pooled), -1).cpu()
-            mel16 = mel.half()
             rows.write(mel=mel16, teacher=pooled.half(), tokens=tokens)
             state["rows"] += len(pooled)
             state["lengths"].append(len(pooled))
@@ -315,11 +331,21 @@ def prepare(folder, out, config, name=None):
                 if i == sampled - 1:
                     if not sample:
                         raise ValueError(none_left())
+                    places = {}
+                    for model, column in {teacher: 1, listener: 2}.items():
+                        places[model], share = place_means([x[column] for x in sample])
+                        if places[model].any():
+                            print(f"{share:.0%} of the variance of this teacher's features is their place in its window; that is taken off", flush=True)
+                    teacher.place, listener.place = places[teacher], places[listener]
+                    for j, (mel, x, heard) in enumerate(sample):
+                        x = x - teacher.place[:len(x)]
+                        sample[j] = mel, x, x if listener is teacher else heard - listener.place[:len(heard)]
                     streams = [torch.cat([h for *_, h in sample])]
                     if config.codebooks == 2:
                         streams.append(torch.cat([slow(m[None], len(h))[0].to(h) for m, _, h in sample]))
-                    centroids = torch.cat([k_means(x.float(), config.units) for x in streams], 1)
+                    centroids = torch.cat([k_means(x.half().float(), config.units) for x in streams], 1)
                     np.save(part / "units.npy", centroids.cpu().numpy())
+                    np.save(part / "place.npy", torch.cat([*places.values()], 1).cpu().numpy())
                     put(sample, True)
                     sample.clear()
                     keep_progress(i + 1)
@@ -330,7 +356,7 @@ def prepare(folder, out, config, name=None):
                 keep_progress(i + 1)
                 saved = now
             if now - said > SAY_SECONDS:
-                audio = (state["rows"] - done_before + sum(len(p) for _, p, _ in sample)) * BLOCK
+                audio = (state["rows"] - done_before + sum(len(x) for _, x, _ in sample) / TEACHER_FRAMES) * BLOCK
                 left = (total - done_before * BLOCK - audio) * (now - began) / max(audio, 1e-9)
                 print(f"  {(done_before * BLOCK + audio) / 3600:.2f} of {total / 3600:.2f} h, {audio / (now - began):.0f} x real time, "
                       f"{datetime.timedelta(seconds=int(left))} left", flush=True)
@@ -533,7 +559,9 @@ def teachers(meta, named, device):
         if ":" in spec and spec not in named:
             raise ValueError(f"this checkpoint's teacher is code, {spec}, and runs only if you name it: --teacher {spec}")
     make = functools.cache(lambda spec: Teacher(spec, meta["teacher_layer"]).to(device))
-    return make(meta["teacher"]), make(meta["units_teacher"])
+    teacher, listener = make(meta["teacher"]), make(meta["units_teacher"])
+    teacher.place, listener.place = meta["place"][:, :teacher.dim], meta["place"][:, -listener.dim:]
+    return teacher, listener
 
 def listen(teacher, wave):
     """A sound of any length [n x 2560], in windows as preparation takes them -> its features [n x 8, dim]."""

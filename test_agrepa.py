@@ -431,6 +431,31 @@ def test_callable_teachers(tmp_path):
             Teacher(spec)
 
 
+def test_absolute_positions_are_taken_off(tmp_path, capsys):
+    """A teacher that adds its place in the window to all it hears, as Whisper does: neither rows nor units may show it."""
+    (tmp_path / "mine.py").write_text(
+        "import agrepa, torch\nmfcc = agrepa.Teacher('MFCC')\ndef load():\n    return lambda wave: (x := mfcc(wave)) + 30 * torch.sin("
+        "torch.arange(x.shape[1])[:, None] * torch.linspace(0.002, 1.5, 39))\n")
+    for i in range(40):
+        rng = np.random.default_rng(i)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "in" / f"{i}.wav", 0.1 * data_prep.speak(rng, 100 + 3 * i, 1.0, 2 + i % 3), 24_000)
+    spec = f"{tmp_path}/mine.py:load"
+    plain = BlockDataset(data_prep.prepare(tmp_path / "in", tmp_path / "plain", tiny(units=16)))
+    assert "place in its window" not in capsys.readouterr().out and not plain.place.any()
+    placed = BlockDataset(data_prep.prepare(tmp_path / "in", tmp_path / "placed", tiny(units=16, teacher=spec)))
+    assert "place in its window" in capsys.readouterr().out
+    place = np.concatenate([np.arange(n) for n in np.diff(plain.offsets)])
+    for data, most in ((plain, 0.25), (placed, 0.05)):
+        rows = data.teacher - data.teacher.mean(0, dtype=np.float32)
+        means = np.stack([rows[place == p].mean(0) for p in range(12)])
+        assert np.square(means).sum(1).mean() < most * np.square(rows).sum(1).mean()
+    meta = {**placed.meta, "centroids": torch.tensor(np.array(placed.units)), "place": torch.tensor(np.array(placed.place))}
+    _, listener = data_prep.teachers(meta, (spec,), "cpu")
+    _, ids = data_prep.understand(tmp_path / "in" / "3.wav", meta, listener, "cpu")  # sampling hears as preparation did
+    assert any(len(u) == len(ids) and (u == ids.numpy()).mean() > 0.99 for u in np.split(placed.tokens[:].reshape(-1), placed.offsets[1:-1] * 8))
+
+
 # ---- sections 10, 11: data and the loop --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rate", [16_000, 44_100, 16_001])
@@ -682,7 +707,7 @@ def test_held_out_share_and_folders():
 def test_interrupted_preparation_goes_on(tmp_path, audio, monkeypatch):
     config = tiny(units=2)  # the sample for k-means is a part of the whole
     whole = data_prep.prepare(audio / "one", tmp_path / "whole", config)
-    monkeypatch.setattr(data_prep, "BATCH", 20), monkeypatch.setattr(data_prep, "SAVE_SECONDS", 0), monkeypatch.setattr(data_prep, "SAY_SECONDS", 0)
+    monkeypatch.setattr(data_prep, "WINDOWS", 1), monkeypatch.setattr(data_prep, "BATCH", 20), monkeypatch.setattr(data_prep, "SAVE_SECONDS", 0), monkeypatch.setattr(data_prep, "SAY_SECONDS", 0)
     expected = data_prep.prepare(audio / "one", tmp_path / "expected", config)
     real, calls = data_prep.tokenise, []
 
