@@ -451,6 +451,7 @@ def test_absolute_positions_are_taken_off(tmp_path, capsys):
         means = np.stack([rows[place == p].mean(0) for p in range(12)])
         assert np.square(means).sum(1).mean() < most * np.square(rows).sum(1).mean()
     meta = {**placed.meta, "centroids": torch.tensor(np.array(placed.units)), "place": torch.tensor(np.array(placed.place))}
+    assert abs(data_prep.place_means(list(torch.randn(12, 50, 20)))[1]) < 0.05  # chance alone would explain a sixth of these
     _, listener = data_prep.teachers(meta, (spec,), "cpu")
     _, ids = data_prep.understand(tmp_path / "in" / "3.wav", meta, listener, "cpu")  # sampling hears as preparation did
     assert any(len(u) == len(ids) and (u == ids.numpy()).mean() > 0.99 for u in np.split(placed.tokens[:].reshape(-1), placed.offsets[1:-1] * 8))
