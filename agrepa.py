@@ -15,7 +15,7 @@
 Shapes: B clips, T mel frames, N tokens, M mel bins, D width, L layers (counted from 1), dim the teacher's width.
 Time comes in blocks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames and 8 tokens a codebook at 50 Hz.
 """
-import contextlib, copy, dataclasses, datetime, importlib, itertools, json, math, os, random, runpy, sys, time
+import collections, contextlib, copy, dataclasses, datetime, importlib, itertools, json, math, os, random, runpy, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -505,13 +505,13 @@ def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, de
     return Batch(put(x0), put(x1), put(t), cond, blocks, put(np.float32(kept)), put(after & inside.repeat(FRAMES, 1)))
 
 def loader(datasets, config, first, rank, world, device):
-    """Batches from step `first` on, each assembled in a thread while the one before is trained on."""
+    """Batches from step `first` on, the next four assembled in threads while one is trained on."""
     make = lambda step: make_batch(datasets, config, config.batch_size // len(datasets), step, rank, world, device=device)
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(make, first)
-        for step in itertools.count(first + 1):
-            batch, coming = coming.result(), thread.submit(make, step)
-            yield batch
+    with ThreadPoolExecutor(4) as pool:
+        coming = collections.deque(pool.submit(make, first + i) for i in range(4))
+        for step in itertools.count(first + 4):
+            yield coming.popleft().result()
+            coming.append(pool.submit(make, step))
 
 # ---- 11. Training loop (App. A.5: probe, then intervene) -------------------------------------------------------------
 
@@ -692,7 +692,8 @@ def train(config, resume=None):
             log.append([step, 1 + (step > warm), *mean, f"{val:.5f}", f"{lr(step):.3e}", speed, f"{time.time() - began:.1f}"])
             write_table(out / "log.csv", LOG, log)
             left = datetime.timedelta(seconds=int(pace * (config.steps - step)))
-            print(*(f"{k} {x:>7} " for k, x in zip(LOG.split(), log[-1]) if k not in ("phase", "loss", "seconds")), left if count else "?", "left", flush=True)
+            shown = [(k, "-" if x == "" else x) for k, x in zip(LOG.split(), log[-1]) if k not in ("phase", "loss", "seconds")]
+            print(*(f"{k} {x:>7} " for k, x in shown), f"{left} left" if count else "", flush=True)
             sums.zero_()
         if new and rank == 0 and step and (step % config.save_every == 0 or switch or end):
             domains = [{**d.meta, "skipped": None, "centroids": torch.tensor(np.array(d.units)), "place": torch.tensor(np.array(d.place))} for d in data]
@@ -774,11 +775,10 @@ def main():
     given = data_prep.command_line(__doc__.splitlines()[0])
     try:
         rank, _, device, _ = launch(Config(device=given.get("device", "auto")))
-        named = given.get("teacher"), given.get("units_teacher")
         if "sample" in given:
-            data_prep.resound(given["sample"], given, named, device)
+            data_prep.resound(given["sample"], given, device)
         elif "evaluate" in given:
-            for name, row in evaluate(given["evaluate"], named, device).items():
+            for name, row in evaluate(given["evaluate"], given.values(), device).items():
                 print(name, *(f"  {k:20} {v:.5g}" for k, v in row.items()), sep="\n")
         elif "probe" in given:
             data_prep.probe_again(given["probe"], device)

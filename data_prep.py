@@ -554,7 +554,7 @@ def restore(path, device):
     return state, config, model
 
 def teachers(meta, named, device):
-    """A domain's teacher, and the one its units come from. A callable runs only if the command line names it."""
+    """A domain's teacher, and the one its units come from. A callable runs only if it is among those named on the command line."""
     for spec in (meta["teacher"], meta["units_teacher"]):
         if ":" in spec and spec not in named:
             raise ValueError(f"this checkpoint's teacher is code, {spec}, and runs only if you name it: --teacher {spec}")
@@ -600,7 +600,7 @@ def resynthesise(model, ids, prompt, prompt_ids, domain, blocks, seed=0, **how):
     return whole(agrepa.sample(model, Condition(tokens, ref, domain * one, one > 0), x0,
                                join=lambda v: torch.cat([v[:, :p], whole(v)[frames]], 1), **how))
 
-def resound(path, ask, named, device):
+def resound(path, ask, device):
     """--sample: the tokens of --input, sounded again in the voice of --prompt."""
     state, config, model = restore(path, device)
     name = ask.get("domain", state["names"][0])
@@ -612,7 +612,7 @@ def resound(path, ask, named, device):
         raise ValueError(f"--output {ask['output']}: exists already; nothing is overwritten")
     d = state["names"].index(name)
     meta, n = state["domains"][d], config.blocks
-    _, listener = teachers(meta, named, device)
+    _, listener = teachers(meta, ask.values(), device)
     mel, ids = understand(ask["input"], meta, listener, device)
     prompt, prompt_ids = understand(ask["prompt"], meta, listener, device) if "prompt" in ask else (mel, ids)
     p = min(len(prompt) // FRAMES, max(1, int(0.3 * n)))
