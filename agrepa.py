@@ -733,14 +733,14 @@ def frechet(a, b):
 def evaluate(path, named=(), device="cpu"):
     """A checkpoint's metrics on held-out clips, the reference prefix left out; also into metrics.json beside it."""
     from data_prep import assign, listen, resample, restore, teachers
-    (state, config, model), found = restore(path, device), {}
+    (state, config, model, amp), found = restore(path, device), {}
     n, p, data = config.blocks, max(1, int(0.3 * config.blocks)), [BlockDataset(folder) for folder in config.data]
     after = torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES  # the prefix is p blocks of n
     real = lambda cond: torch.ones(cond.ref.shape[0], n - p, dtype=torch.bool, device=device) if cond.mask is None else cond.mask[:, p:]
     pick = lambda x, cond: x.unflatten(0, (-1, n, TEACHER_FRAMES))[:, p:][real(cond)]  # [B x n x 8, ...] -> [rows, 8, ...]
     def hear(mel, cond):  # through the same vocoder -> teacher's rows and units of the real blocks after the prefix
-        wave = resample(mel_to_wave(mel * meta["mel_std"] + meta["mel_mean"]), RATE, TEACHER_RATE).flatten()  # clip after clip
-        features = listen(teacher, wave)
+        wave = torch.cat([mel_to_wave(x) for x in (mel * meta["mel_std"] + meta["mel_mean"]).split(16)]).flatten()  # clip after clip
+        features = listen(teacher, wave := resample(wave, RATE, TEACHER_RATE))
         units = assign(features if listener is teacher else listen(listener, wave), meta["centroids"][:, :listener.dim].to(device))
         return pick(features, cond).mean(1).cpu().double().numpy(), pick(units, cond)
     for d, (name, meta) in enumerate(zip(state["names"], state["domains"])):
@@ -753,7 +753,8 @@ def evaluate(path, named=(), device="cpu"):
         x_t, u = flow_path(held.x0, held.x1, held.t)
         fm = flow_matching_loss(model(x_t, held.t, held.cond), u, held.scored).mean().item()
         began = time.time()
-        made = sample(model, held.cond._replace(ref=torch.where(after, 0, held.x1)), held.x0)
+        with amp():
+            made = sample(model, held.cond._replace(ref=torch.where(after, 0, held.x1)), held.x0)
         factor = (time.time() - began) / (clips * n * BLOCK)
         (truth, units), (fake, heard) = hear(held.x1, held.cond), hear(torch.where(after, made, held.x1), held.cond)
         stored, error = pick(held.cond.tokens[:, ::meta["codebooks"]].flatten(), held.cond), lambda x: (x != units).float().mean().item()
@@ -765,8 +766,7 @@ def evaluate(path, named=(), device="cpu"):
 
 def figures(*folders):
     """PNGs of a run from its tables and sounds, into its folder; of several, one that compares them. -> paths"""
-    import data_prep
-    return data_prep.figures(*folders)
+    return importlib.import_module("data_prep").figures(*folders)
 
 # ---- 13. Command line ------------------------------------------------------------------------------------------------
 

@@ -546,12 +546,12 @@ def settings(given):
     return config, resume
 
 def restore(path, device):
-    """A checkpoint -> its content, its Config, its EMA model in eval mode."""
+    """A checkpoint -> its content, its Config, its EMA model in eval mode, and the precision it trained in, as amp()."""
     state = agrepa.load_checkpoint(path)
-    config = Config(**state["config"])
+    config = Config(**{**state["config"], "device": str(device)})
     model = agrepa.build(config, state["domains"]).to(device).eval().requires_grad_(False)
     model.load_state_dict(state["ema"])
-    return state, config, model
+    return state, config, model, agrepa.launch(config)[3]
 
 def teachers(meta, named, device):
     """A domain's teacher, and the one its units come from. A callable runs only if it is among those named on the command line."""
@@ -602,7 +602,7 @@ def resynthesise(model, ids, prompt, prompt_ids, domain, blocks, seed=0, **how):
 
 def resound(path, ask, device):
     """--sample: the tokens of --input, sounded again in the voice of --prompt."""
-    state, config, model = restore(path, device)
+    state, config, model, amp = restore(path, device)
     name = ask.get("domain", state["names"][0])
     if not {"input", "output"} <= set(ask) or name not in state["names"]:
         raise ValueError(f"--sample needs --input FILE, --output FILE.wav, and a --domain of {', '.join(state['names'])}")
@@ -616,20 +616,22 @@ def resound(path, ask, device):
     mel, ids = understand(ask["input"], meta, listener, device)
     prompt, prompt_ids = understand(ask["prompt"], meta, listener, device) if "prompt" in ask else (mel, ids)
     p = min(len(prompt) // FRAMES, max(1, int(0.3 * n)))
-    made = resynthesise(model, ids, prompt[:p * FRAMES], prompt_ids[:p * TEACHER_FRAMES * meta["codebooks"]], d, n, seed=ask.get("seed", 0),
-                        **{k: ask[k] for k in ("nfe", "guidance", "sway") if k in ask})
+    how, prompt_ids = {k: ask[k] for k in ("seed", "nfe", "guidance", "sway") if k in ask}, prompt_ids[:p * TEACHER_FRAMES * meta["codebooks"]]
+    with amp():
+        made = resynthesise(model, ids, prompt[:p * FRAMES], prompt_ids, d, n, **how)
     write_wave(ask["output"], agrepa.mel_to_wave(made[None] * meta["mel_std"] + meta["mel_mean"], ask.get("vocoder", "griffinlim"))[0])
     print(f"{ask['output']}: {len(made) / FRAMES * BLOCK:.2f} s")
 
 def finish(folder, device):
     """A run's end: a held-out clip of each domain, generated beside real, through the same vocoder; and the figures."""
-    state, config, model = restore(folder / "last.pt", device)
+    state, config, model, amp = restore(folder / "last.pt", device)
     for d, (name, data) in enumerate(zip(state["names"], map(BlockDataset, config.data))):
         u = len(data.offsets) - 2  # the longest held out: they stand in order of length
         n = min(60, int(data.offsets[-1] - data.offsets[-2]))
         mel, ids = (torch.from_numpy(x).to(device) for x in data.clip(u, 0, n)[:2])
         p = max(1, min(n, int(0.3 * config.blocks)))
-        made = resynthesise(model, ids, mel[:p * FRAMES], ids[:p * len(ids) // n], d, config.blocks)
+        with amp():
+            made = resynthesise(model, ids, mel[:p * FRAMES], ids[:p * len(ids) // n], d, config.blocks)
         for kind, x in (("sample", made), ("target", mel)):
             write_wave(folder / f"{kind}-{name}.wav", agrepa.mel_to_wave(x[None] * data.meta["mel_std"] + data.meta["mel_mean"])[0])
     print(f"sound, generated and real: {folder}/sample-*.wav, {folder}/target-*.wav")
@@ -640,7 +642,7 @@ def finish(folder, device):
 
 def probe_again(path, device):
     """--probe: a checkpoint's stores and contributions, beside the layers that phase I chose."""
-    state, config, model = restore(path, device)
+    state, config, model, _ = restore(path, device)
     model.load_state_dict(state["model"]), model.requires_grad_(True)
     bitc = nn.ModuleList(agrepa.BiTC(config.dim, m["dim"]) for m in state["domains"]).to(device)
     bitc.load_state_dict(state["bitc"])

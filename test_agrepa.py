@@ -928,7 +928,7 @@ def test_frechet_distance_of_known_gaussians():
 def test_probe_again_and_figures_again(finished, monkeypatch, capsys):
     said = call(monkeypatch, capsys, "--probe", finished / "last.pt")
     assert said.count("chosen now") == 2 and "grad norm" in said and (finished / "probe-12.png").exists()
-    state, config, model = data_prep.restore(finished / "last.pt", "cpu")
+    state, config, model, _ = data_prep.restore(finished / "last.pt", "cpu")
     assert all(torch.equal(x, state["ema"][k]) for k, x in model.state_dict().items()) and not model.training
     model.load_state_dict(state["model"])  # the probe takes the weights that train
     x = make_batch([BlockDataset(d) for d in config.data], config, agrepa.PROBE_CLIPS, domains=[0])
