@@ -1181,7 +1181,7 @@ def test_bench_loader(tmp_path):
             for i in range(times):
                 out[i * len(x):(i + 1) * len(x)] = x
             del out
-        np.save(folder / "units.npy", np.zeros((8, 768), np.float32))
+        np.save(folder / "units.npy", np.zeros((8, 768), np.float32)), np.save(folder / "place.npy", np.zeros((1280, 768), np.float32))
         np.save(folder / "offsets.npy", np.arange(0, times * 19_500 + 1, 75))
         meta = dict(format=agrepa.FORMAT, held_out=4, mel_mean=0.0, mel_std=1.0, teacher_mean=[0.0] * 768)
         (folder / "meta.json").write_text(json.dumps(meta))
@@ -1210,6 +1210,7 @@ def test_bench_preparation(tmp_path, monkeypatch):
         tone(tmp_path / "in" / f"{i}.flac", 4 + i % 5 * 3, 16_000, 1, i)
     config = Config(units=64)
     teacher, (_, _, _, amp) = Teacher(), launch(config)
+    monkeypatch.setattr(data_prep, "Teacher", lambda *spec: teacher)  # loaded already
     usable, _ = data_prep.scan(tmp_path / "in", data_prep.list_audio(tmp_path / "in"))
     batches = [torch.stack([data_prep.read(tmp_path / "in" / p, s, n)[0] for p, s, n in b]) for b in data_prep.plan(usable, data_prep.hold_out(usable), 64)[0]]
 
