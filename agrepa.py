@@ -588,8 +588,6 @@ def launch(config):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     has = dict(cuda=lambda: torch.cuda.is_bf16_supported(False), cpu=torch.cpu._is_avx512_bf16_supported).get(device.type, bool)
     low = config.dtype == "bfloat16" or config.dtype == "auto" and has()
     return rank, world, device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
@@ -626,6 +624,8 @@ def load_checkpoint(path):
 def train(config, resume=None):
     """One run, two phases; all it writes stands in config.out. resume: a checkpoint of this run. -> layers.json's content"""
     rank, world, device, amp = launch(config)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out, data = Path(config.out), [BlockDataset(d, config.raw_teacher) for d in config.data]
     names = [d.meta["name"] for d in data]
     names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, 1)]

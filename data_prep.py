@@ -683,6 +683,7 @@ def draw_layers(entries, path):
                 contribute.text(entry["foga"][k - 1], k, f" $\\lambda$ {lam:.2f}", va="center", fontsize=8)
             contribute.margins(x=0.3)
             store.set(title=f"{name}\nstores", xlabel="LASP (cosine)", yticks=range(1, L + 1), ylabel="layer")
+            store.locator_params(axis="x", nbins=4), contribute.locator_params(axis="x", nbins=4)
             contribute.set(title=f"{name}\ncontributes; dark: chosen", xlabel="FoG-A (relative change)", ylim=(L + 0.6, 0.4))
     return path
 

@@ -607,7 +607,7 @@ def test_a_step_that_is_not_finite_changes_nothing(folders, tmp_path, monkeypatc
 
 def cli(*args, processes=1, **kw):
     head = [sys.executable] + (["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29517"] if processes > 1 else [])
-    return subprocess.run([*head, str(HERE / "agrepa.py"), *map(str, args)], capture_output=True, text=True,
+    return subprocess.run([*head, str(HERE / "agrepa.py"), *map(str, args)], capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
 
 
@@ -629,6 +629,7 @@ def test_two_processes_are_one_with_twice_the_batch(folders, tmp_path):
     for part in ("model", "bitc", "heads", "ema"):
         x, y = (torch.cat([z.flatten().float() for _, z in tensors(state[part])]) for state in (a, b))
         assert (x - y).norm() < 0.01 * x.norm(), (part, (x - y).norm() / x.norm())
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}  # to the end: sound, pictures
     raw = cli("--data", tmp_path, "--out", "three", processes=2, cwd=tmp_path)
     assert raw.returncode != 0 and "python data_prep.py" in raw.stderr and 'agrepa.py", line' not in raw.stderr
 
