@@ -229,6 +229,24 @@ class Rows:
         for f, *_ in self.files.values():
             f.close()
 
+def fit(sample, teacher, listener, config):
+    """Centroids and places from a sample of the corpus: a list of mel [n x 15, M], the teacher's features [n x 8, dim], and
+    those that units come from [n x 8, d]. Places are taken off in the teachers and in the sample.
+    -> centroids [units, d, and M more with two codebooks], place [WINDOW x 8, dim, and d more with two teachers]"""
+    places = {}
+    for model, column in {teacher: 1, listener: 2}.items():
+        places[model], share = place_means([x[column] for x in sample])
+        if places[model].any():
+            print(f"{share:.0%} of the variance of this teacher's features is their place in its window; that is taken off", flush=True)
+    teacher.place, listener.place = places[teacher], places[listener]
+    for j, (mel, x, heard) in enumerate(sample):
+        x = x - teacher.place[:len(x)]
+        sample[j] = mel, x, x if listener is teacher else heard - listener.place[:len(heard)]
+    streams = [torch.cat([heard for *_, heard in sample])]
+    if config.codebooks == 2:
+        streams.append(torch.cat([slow(mel[None], len(heard))[0].to(heard) for mel, _, heard in sample]))
+    return torch.cat([k_means(x.half().float(), config.units) for x in streams], 1), torch.cat([*places.values()], 1)
+
 def prepare(folder, out, config, name=None):
     """A folder of audio -> a prepared folder `out`. Raises ValueError. Interrupted, the same call goes on; until it is
     whole, the work stands in `out`.partial."""
@@ -331,21 +349,9 @@ def prepare(folder, out, config, name=None):
                 if i == sampled - 1:
                     if not sample:
                         raise ValueError(none_left())
-                    places = {}
-                    for model, column in {teacher: 1, listener: 2}.items():
-                        places[model], share = place_means([x[column] for x in sample])
-                        if places[model].any():
-                            print(f"{share:.0%} of the variance of this teacher's features is their place in its window; that is taken off", flush=True)
-                    teacher.place, listener.place = places[teacher], places[listener]
-                    for j, (mel, x, heard) in enumerate(sample):
-                        x = x - teacher.place[:len(x)]
-                        sample[j] = mel, x, x if listener is teacher else heard - listener.place[:len(heard)]
-                    streams = [torch.cat([h for *_, h in sample])]
-                    if config.codebooks == 2:
-                        streams.append(torch.cat([slow(m[None], len(h))[0].to(h) for m, _, h in sample]))
-                    centroids = torch.cat([k_means(x.half().float(), config.units) for x in streams], 1)
+                    centroids, place = fit(sample, teacher, listener, config)
                     np.save(part / "units.npy", centroids.cpu().numpy())
-                    np.save(part / "place.npy", torch.cat([*places.values()], 1).cpu().numpy())
+                    np.save(part / "place.npy", place.cpu().numpy())
                     put(sample, True)
                     sample.clear()
                     keep_progress(i + 1)
