@@ -229,25 +229,31 @@ class Rows:
         for f, *_ in self.files.values():
             f.close()
 
+def give_places(place, teacher, listener):
+    """place [WINDOW x 8, dim, and d more with two teachers], as place.npy has it, to the teachers it is taken off in."""
+    teacher.place, listener.place = place[:, :teacher.dim], place[:, -listener.dim:]
+
 def fit(sample, teacher, listener, config):
     """Centroids and places from a sample of the corpus: a list of mel [n x 15, M], the teacher's features [n x 8, dim], and
     those that units come from [n x 8, d]. Places are taken off in the teachers and in the sample.
     -> centroids [units, d, and M more with two codebooks], place [WINDOW x 8, dim, and d more with two teachers]"""
-    places = {}
-    for model, column in {teacher: 1, listener: 2}.items():
-        places[model], share = place_means([x[column] for x in sample])
-        if places[model].any():
+    places = []
+    for column in (1,) if listener is teacher else (1, 2):
+        mean, share = place_means([x[column] for x in sample])
+        places.append(mean)
+        if mean.any():
             print(f"{share:.0%} of the variance of this teacher's features is their place in its window; that is taken off", flush=True)
-    teacher.place, listener.place = places[teacher], places[listener]
+    place = torch.cat(places, 1)
+    give_places(place, teacher, listener)
     for j, (mel, x, heard) in enumerate(sample):
         x = x - teacher.place[:len(x)]
         sample[j] = mel, x, x if listener is teacher else heard - listener.place[:len(heard)]
     streams = [torch.cat([heard for *_, heard in sample])]
     if config.codebooks == 2:
         streams.append(torch.cat([slow(mel[None], len(heard))[0].to(heard) for mel, _, heard in sample]))
-    return torch.cat([k_means(x.half().float(), config.units) for x in streams], 1), torch.cat([*places.values()], 1)
+    return torch.cat([k_means(x.half().float(), config.units) for x in streams], 1), place
 
-def prepare(folder, out, config, name=None):
+def prepare(folder, out, config):
     """A folder of audio -> a prepared folder `out`. Raises ValueError. Interrupted, the same call goes on; until it is
     whole, the work stands in `out`.partial."""
     folder, out = Path(folder), Path(out)
@@ -287,7 +293,7 @@ def prepare(folder, out, config, name=None):
     centroids = None
     if not fresh:
         centroids, place = (torch.from_numpy(np.load(part / f"{x}.npy")).to(device) for x in ("units", "place"))
-        teacher.place, listener.place = place[:, :teacher.dim], place[:, -listener.dim:]
+        give_places(place, teacher, listener)
     sums = np.zeros(3 + teacher.dim) if fresh else np.array(state["sums"])  # values, sum, sum of squares; teacher's sum
 
     def hear(model, wave):
@@ -373,7 +379,7 @@ def prepare(folder, out, config, name=None):
     np.save(part / "offsets.npy", np.cumsum([0, *state["lengths"]], dtype=np.int64))
     n, total1, total2 = sums[:3]
     mean = total1 / n
-    meta = dict(format=FORMAT, name=name or folder.resolve().name, source=str(folder.resolve()), teacher=config.teacher, teacher_layer=config.teacher_layer,
+    meta = dict(format=FORMAT, name=folder.resolve().name, source=str(folder.resolve()), teacher=config.teacher, teacher_layer=config.teacher_layer,
                 units_teacher=config.units_teacher or config.teacher, codebooks=config.codebooks, units=config.units,
                 rate=RATE, dim=teacher.dim, mel_mean=mean, mel_std=math.sqrt(max(total2 / n - mean ** 2, 1e-12)),
                 teacher_mean=(sums[3:] / (n / FRAMES / N_MELS)).tolist(), hours=state["rows"] * BLOCK / 3600,
@@ -396,6 +402,9 @@ def identity(folder, config, files):
     parts += [config.teacher_layer, config.codebooks, config.units]
     return hashlib.md5(json.dumps(parts).encode()).hexdigest()[:8]
 
+def flag(name, value):
+    return f"--{name.replace('_', '-')} {value}"
+
 def prepared(folder, config, given):
     """The prepared folder for one entry of --data; prepares audio into the cache if that isn't done."""
     folder = Path(folder)
@@ -405,14 +414,14 @@ def prepared(folder, config, given):
         meta = BlockDataset(folder).meta
         for k in {"teacher", "teacher_layer", "units_teacher", "codebooks", "units"} & set(given):
             if given[k] != meta[k]:
-                raise ValueError(f"--{k.replace('_', '-')} {given[k]}: {folder} was prepared with {meta[k]}; prepare the audio again")
+                raise ValueError(f"{flag(k, given[k])}: {folder} was prepared with {meta[k]}; prepare the audio again")
         return folder
     files = list_audio(folder)
     out = Path(config.cache) / f"{folder.resolve().name}-{identity(folder, config, files)}"
     if (out / "meta.json").exists():
         return out
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        flags = " ".join(f"--{k.replace('_', '-')} {getattr(config, k)}" for k in
+        flags = " ".join(flag(k, getattr(config, k)) for k in
                          ("teacher", "teacher_layer", "units_teacher", "codebooks", "units", "cache") if getattr(config, k) != "")
         raise ValueError(f"--data {folder}: not prepared yet; before torchrun, once: python data_prep.py {folder} {flags}")
     return prepare(folder, out, config)
@@ -496,9 +505,6 @@ def toy(folder):
 TOY = dict(layers=6, dim=128, heads=4, seconds=1.92, batch_size=16, steps=240, lr=2e-3, teacher="MFCC", units=64,
            probe_steps=90, probe_every=15, eval_every=40)
 
-def flag(name, value):
-    return f"--{name.replace('_', '-')} {value}"
-
 def check(config):
     """Raises ValueError, with the value and what to do, for settings that can't be run."""
     for f in dataclasses.fields(config):
@@ -566,7 +572,7 @@ def teachers(meta, named, device):
             raise ValueError(f"this checkpoint's teacher is code, {spec}, and runs only if you name it: --teacher {spec}")
     make = functools.cache(lambda spec: Teacher(spec, meta["teacher_layer"]).to(device))
     teacher, listener = make(meta["teacher"]), make(meta["units_teacher"])
-    teacher.place, listener.place = meta["place"][:, :teacher.dim], meta["place"][:, -listener.dim:]
+    give_places(meta["place"].to(device), teacher, listener)
     return teacher, listener
 
 def listen(teacher, wave):
@@ -665,7 +671,7 @@ def probe_again(path, device):
 
 @contextlib.contextmanager
 def panels(path, rows, columns, height, **kw):
-    """plt and axes [rows, columns], saved as a PNG in the end."""
+    """Axes [rows, columns] to draw in, saved as a PNG in the end. Raises ValueError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
