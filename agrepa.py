@@ -1,131 +1,98 @@
-"""AG-REPA: Causal Layer Selection for Representation Alignment in Audio Flow Matching (ICML 2026, arXiv 2603.01006).
+"""AG-REPA: Causal Layer Selection for Representation Alignment in Audio Flow Matching.
 
-    python agrepa.py                                           # toy corpus: the whole method in minutes on a CPU
-    python agrepa.py --data ./LibriTTS --steps 100000          # prepare the data, probe, select, align
-    torchrun --nproc_per_node=8 agrepa.py --data ./LibriTTS    # the same on eight GPUs, the data prepared before
+The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
 
- 1 flow matching      Eqs. 1, 2    flow_path, flow_matching_loss    8 alignment        Eq. 12    capture, AlignmentHeads, agrepa_loss
- 2 velocity model     Eqs. 7, 15   VelocityModel                    9 sampling         App. A    sample, mel_to_wave
- 3 teacher            T(x)         Teacher                         10 data                       BlockDataset
- 4 BiT-C              Eqs. 3 to 5  BiTC                            11 training loop    App. A.5  train
- 5 LASP, store        Eq. 6        lasp                            12 metrics, figures           evaluate, figures
- 6 FoG-A, contribute  Eqs. 8, 9    fog_a                           13 command line               main
- 7 selection          Eqs. 10, 11  select_layers
+    python agrepa.py                                           # toy corpus, minutes on a CPU
+    python agrepa.py --data ./LibriTTS --steps 100000          # prepare, probe, select, align
+    torchrun --nproc_per_node=8 agrepa.py --data ./LibriTTS    # the same; prepare the data before
 
-Shapes: B clips, T mel frames, N tokens, M mel bins, D width, L layers (counted from 1), dim the teacher's width.
-Time comes in blocks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames and 8 tokens a codebook at 50 Hz.
+ 1  flow matching       Eqs. 1, 2    flow_path, flow_matching_loss
+ 2  velocity model      Eqs. 7, 15   VelocityModel, Condition, interleave
+ 3  teacher             T(x)         Teacher, log_mel, Tokenizer
+ 4  token interface     Eqs. 3 to 5  pool, BiTC, bitc_loss
+ 5  store               Eq. 6        lasp
+ 6  contribute          Eqs. 8, 9    fog_a
+ 7  selection           Eqs. 10, 11  select_layers
+ 8  alignment           Eq. 12       capture, AlignmentHeads, agrepa_loss
+ 9  sampling            App. A       sample, mel_to_wave
+10  data                             read_audio, BlockDataset, training_batch
+11  training            App. A.5     Config, losses, probe, train
+12  listening           Fig. 1       resynthesise, evaluate, figures
+13  command line                     main
+
+Shapes: B clips, T mel frames, N tokens, M mel bins, D width, L layers (counted from 1), dim the
+teacher's width. Time comes in blocks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames at 50 Hz.
 """
 
-import collections, contextlib, copy, dataclasses, datetime, importlib, itertools, json, math, os, random, runpy, sys, time
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
+import argparse
+import collections
+import contextlib
+import copy
+import csv
+import dataclasses
+import datetime
+import importlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import runpy
+import subprocess
+import sys
+import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
+from urllib.parse import urljoin
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import distributed as dist, nn
+from torch import distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-RATE, HOP, N_MELS, TEACHER_RATE = 24_000, 256, 100, 16_000  # Vocos 24 kHz mel format; HuBERT's rate
-FRAMES, TEACHER_FRAMES, BLOCK, FORMAT = (
-    15,
-    8,
-    0.16,
-    2,
-)  # mel frames, teacher frames, seconds of a block; of prepared folders
-STRATEGIES = "foga", "lasp", "gradnorm", "random", "none"
+RATE, HOP, N_MELS = 24_000, 256, 100  # Vocos 24 kHz mel format
+TEACHER_RATE = 16_000  # HuBERT's
+BLOCK, FRAMES, TEACHER_FRAMES = 0.16, 15, 8  # seconds, mel frames and teacher frames of a block
+FORMAT, CHECKPOINT = 3, "agrepa 3"  # of prepared folders, of checkpoints
+WINDOW = 160  # blocks, 25.6 s: longer sounds are cut (attention is quadratic, Whisper sees 30 s)
 
-arg = lambda default, text, **kw: dataclasses.field(default=default, metadata=dict(help=text, **kw))
-
-
-@dataclasses.dataclass
-class Config:
-    """One field, one flag."""
-
-    data: tuple = arg(
-        (),
-        "folders of audio, or prepared ones; each is a domain (default: the toy corpus)",
-        metavar="DIR",
-    )
-    out: str = arg("", "run folder (default: runs/<data>-<number>)", metavar="DIR")
-    steps: int = arg(100_000, "training steps, both phases together")
-    batch_size: int = arg(16, "clips a step in each process, shared equally by the domains")
-    seconds: float = arg(4.8, "length of a clip, rounded to blocks of 0.16 s")
-    layers: int = arg(12, "layers of the velocity model (paper: 24)")
-    dim: int = arg(512, "its width (paper: 1024)")
-    heads: int = arg(8, "its attention heads (paper: 16)")
-    dropout: float = arg(0.0, "in the layers (paper: 0.2); its masks differ between processes")
-    lr: float = arg(
-        1e-4, "peak learning rate; warm-up over a third of phase I, then cosine to zero"
-    )
-    seed: int = arg(0, "of initialisation, crops, noise and times")
-    teacher: str = arg(
-        "HUBERT_BASE", "torchaudio bundle, MFCC, or FILE.py:FUNCTION or MODULE:FUNCTION"
-    )
-    teacher_layer: int = arg(9, "which layer of a bundle; those above are never computed")
-    raw_teacher: bool = arg(False, "don't take the corpus mean off the teacher's features")
-    units_teacher: str = arg("", "teacher whose k-means units are the tokens (default: the same)")
-    codebooks: int = arg(
-        1, "2: dense acoustic tokens interleaved with the teacher's units (Eq. 15)", choices=(1, 2)
-    )
-    units: int = arg(1024, "k-means units a codebook (paper: 4096)")
-    probe_steps: int = arg(
-        0, "steps of phase I (default: 5000, or 15 %% of the run where that is less)"
-    )
-    probe_every: int = arg(0, "steps between probes (default: 200, or a tenth of phase I)")
-    top_k: int = arg(3, "layers to align")
-    select: str = arg("foga", "foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
-    weights: str = arg(
-        "auto",
-        "foga: Eq. 11; equal: 1/K; auto: foga for --select foga, else equal",
-        choices=("auto", "foga", "equal"),
-    )
-    align_weight: float = arg(1.0, "weight of the alignment loss")
-    align_pool: str = arg(
-        "clip", "clip: one target a clip (paper); block: one each 0.16 s", choices=("clip", "block")
-    )
-    align_until: int = arg(0, "stop aligning at this step (default: never)")
-    bit_weight: float = arg(0.5, "lambda_BiT of Eq. 12")
-    device: str = arg("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = arg(
-        "auto",
-        "auto: bfloat16 autocast where the hardware has it",
-        choices=("auto", "bfloat16", "float32"),
-    )
-    compile: bool = arg(False, "torch.compile the layers")
-    eval_every: int = arg(200, "steps between log lines, each with the held-out loss")
-    save_every: int = arg(1000, "steps between checkpoints")
-    resume: bool = arg(False, "go on with the run in --out")
-    cache: str = arg("prepared", "where folders of audio are prepared", metavar="DIR")
-    blocks = property(lambda self: round(self.seconds / BLOCK))
-    phase1 = property(lambda self: self.probe_steps or max(1, min(5000, self.steps * 15 // 100)))
-
-
-# ---- 1. Flow matching (Eqs. 1, 2) ------------------------------------------------------------------------------------
-# Straight lines from noise x0 to data x1; the model learns their velocity u.
+# ---- 1. Flow matching (Eqs. 1, 2) ----------------------------------------------------------------
+# Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their velocity u.
 
 
 def flow_path(x0, x1, t):
-    """Eq. 1. x0, x1 [B, T, M], t [B] in [0, 1] -> x_t and u, both [B, T, M]."""
-    t = t.view(-1, 1, 1)
+    """Eq. 1. x0, x1 [B, ...], t [B] in [0, 1] -> x_t and u, both [B, ...]."""
+    t = t.view(-1, *[1] * (x0.dim() - 1))
     return (1 - t) * x0 + t * x1, x1 - x0
 
 
 def flow_matching_loss(v, u, mask=None):
-    """Eq. 2, a clip: v, u [B, T, M] -> [B], the mean over bins and over the frames where mask [B, T] is true."""
-    error = (v.float() - u).square().mean(-1)  # [B, T]
-    return error.mean(1) if mask is None else (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+    """Eq. 2 for each clip. v, u [B, ..., M], mask [B, T] true where a frame counts -> [B]."""
+    error = (v.float() - u).square()
+    if mask is None:
+        return error.flatten(1).mean(1)
+    return (error.mean(-1) * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# ---- 2. Velocity model (Eqs. 7, 15) ----------------------------------------------------------------------------------
-# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c); the gates m_l are 1 in training, and closing one means
-# handing on h_{l-1}, so no gate is written down. Conditioning c enters once, in h_0: tokens and a reference mel.
+# ---- 2. Velocity model (Eqs. 7, 15) --------------------------------------------------------------
+# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c). The gates m_l are 1 in training, and
+# to close one is to hand on h_{l-1}, so none is written down. The conditioning c enters in h_0.
 
 
 class Condition(NamedTuple):
-    tokens: (
-        torch.Tensor
-    )  # [B, N] ids, N = 8 x codebooks a block; the second codebook's ids follow the first's
+    tokens: torch.Tensor  # [B, N] ids, N = 8 x codebooks a block
     ref: torch.Tensor  # [B, T, M] reference mel: the clip's first frames, zeros after them
     domain: torch.Tensor  # [B] which embedding table
     keep: torch.Tensor  # [B] false where the tokens are dropped
@@ -133,17 +100,22 @@ class Condition(NamedTuple):
 
 
 def interleave(*codebooks):
-    """Eq. 15: s = [t1, b1, t2, b2, ...]. Token streams [..., n] of equal length -> [..., n x codebooks]."""
+    """Eq. 15: s = [t1, b1, t2, b2, ...]. Streams [..., n] of equal length -> [..., n x codebooks]."""
     return torch.stack(codebooks, -1).flatten(-2)
 
 
 def spread(mask, n):
-    """Block mask [B, blocks] -> [B, n], n a multiple of the blocks; None stays None."""
+    """A mask of blocks [B, T / 15] -> of the n frames or tokens in them [B, n]; None stays None."""
     return None if mask is None else mask.repeat_interleave(n // mask.shape[1], 1)
 
 
+def angles(position, n):
+    """position [P] -> [P, n], at n frequencies from 1 down towards 1e-4 (RoFormer)."""
+    return position[:, None] * 1e4 ** -(torch.arange(n, device=position.device) / n)
+
+
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer): x [B, heads, T, d] turned by angles [T, d / 2]."""
+    """Rotary positions: x [B, heads, T, d], cos and sin of the angles [T, d / 2]."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -152,13 +124,15 @@ def attention(q, k, v, mask):
     """q, k, v [B, heads, T, d], mask [B, 1, 1, T] true where a frame is real -> [B, heads, T, d]."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    score = (
-        q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
-    )  # on a CPU SDPA's bf16 backward is slow; this takes .8 of a step
-    with torch.autocast(
-        "cpu", enabled=False
-    ):  # no float32 copy of the scores; softmax sums in float32 all the same
-        return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+    # On a CPU SDPA's bf16 backward is slow: written out, a step takes 0.8 of the time.
+    score = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+    with torch.autocast("cpu", enabled=False):  # keeps the scores in bf16; softmax sums in float32
+        score = score if mask is None else score.masked_fill(~mask, -math.inf)
+        return score.softmax(-1) @ v
+
+
+def modulate(h, shift, scale):
+    return F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
 
 
 class Layer(nn.Module):
@@ -168,23 +142,19 @@ class Layer(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.modulation = nn.Linear(dim, 6 * dim)
-        (
-            nn.init.zeros_(self.modulation.weight),
-            nn.init.zeros_(self.modulation.bias),
-        )  # adaLN-Zero: starts as the identity
+        nn.init.zeros_(self.modulation.weight)  # adaLN-Zero: each layer starts as the identity
+        nn.init.zeros_(self.modulation.bias)
 
     def forward(self, h, t, rope, mask=None):
         """Eq. 7. h [B, T, D], t [B, D], rope two [T, d / 2], mask [B, 1, 1, T] -> h_l [B, T, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(t)[:, None].chunk(6, -1)
-        x = F.layer_norm(h, h.shape[-1:]) * (1 + scale1) + shift1
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # [B, heads, T, d] each
+        x = self.qkv(modulate(h, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = x.permute(2, 0, 3, 1, 4)  # [B, heads, T, d] each
         cos, sin = rope[0].to(q.dtype), rope[1].to(q.dtype)
-        x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
-        h = h + gate1 * self.drop(self.out(x.transpose(1, 2).flatten(2)))
-        x = F.layer_norm(h, h.shape[-1:]) * (1 + scale2) + shift2
-        return h + gate2 * self.drop(self.down(self.drop(F.gelu(self.up(x)))))
+        x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask).transpose(1, 2).flatten(2)
+        h = h + gate1 * self.drop(self.out(x))
+        x = self.drop(F.gelu(self.up(modulate(h, shift2, scale2))))
+        return h + gate2 * self.drop(self.down(x))
 
 
 class VelocityModel(nn.Module):
@@ -192,9 +162,8 @@ class VelocityModel(nn.Module):
 
     def __init__(self, layers=12, dim=512, heads=8, dropout=0.0, vocab=(1024,), n_mels=N_MELS):
         super().__init__()
-        self.register_buffer(
-            "first_id", torch.tensor([0, *itertools.accumulate(vocab)][:-1]), persistent=False
-        )
+        first_id = torch.tensor([0, *vocab]).cumsum(0)[:-1]
+        self.register_buffer("first_id", first_id, persistent=False)
         self.tokens = nn.Embedding(sum(vocab), dim)  # one table a domain, end to end
         self.null = nn.Parameter(torch.randn(dim))  # stands for dropped tokens
         self.x_in, self.cond_in = nn.Linear(n_mels, dim), nn.Linear(dim + n_mels, dim)
@@ -209,141 +178,168 @@ class VelocityModel(nn.Module):
         e = self.tokens(cond.tokens + self.first_id[cond.domain][:, None])
         return torch.where(cond.keep[:, None, None], e, self.null)
 
-    def condition(self, cond, e):
-        """e [B, N, D] interpolated to mel frames, beside the reference mel, projected: c [B, T, D]."""
-        e = F.interpolate(e.transpose(1, 2), cond.ref.shape[1], mode="linear").transpose(1, 2)
-        return self.cond_in(torch.cat([e, cond.ref], -1))
-
-    def enter(self, x_t, t, cond, c=None):
-        """h_0, and what each layer is given beside it. To concatenate x_t and c, then project, is a sum of projections."""
-        h = self.x_in(x_t) + (self.condition(cond, self.embed(cond)) if c is None else c)
-        angle = 1000 * t[:, None] * 1e4 ** -torch.linspace(0, 1, 128, device=t.device)
-        t_emb = self.time(torch.cat([angle.cos(), angle.sin()], -1))
+    def forward(self, x_t, t, cond, e=None):
+        """x_t [B, T, M], t [B] -> v [B, T, M], zero on padding. e: embed(cond), if at hand."""
+        T = x_t.shape[1]
+        e = self.embed(cond) if e is None else e
+        e = F.interpolate(e.transpose(1, 2), T, mode="linear").transpose(1, 2)  # [B, T, D]
+        # To concatenate x_t and c and project them is to add up their projections.
+        h = self.x_in(x_t) + self.cond_in(torch.cat([e, cond.ref], -1))
+        turns = angles(1000 * t, 128)
+        t = self.time(torch.cat([turns.cos(), turns.sin()], -1))  # [B, D]
         d = h.shape[-1] // self.layers[0].heads
-        angle = torch.arange(h.shape[1], device=t.device)[:, None] * 1e4 ** -(
-            torch.arange(0, d, 2, device=t.device) / d
-        )
-        return (
-            h,
-            t_emb,
-            (angle.cos(), angle.sin()),
-            None if cond.mask is None else spread(cond.mask, h.shape[1])[:, None, None],
-        )
-
-    def leave(self, h, t_emb, mask):
-        """Velocity [B, T, M], zero on padding: so no norm of it counts any."""
-        shift, scale = self.modulation(t_emb)[:, None].chunk(2, -1)
-        v = self.v_out(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift).float()
-        return v if mask is None else v * mask[:, 0, 0, :, None]
-
-    def forward(self, x_t, t, cond, c=None):
-        """x_t [B, T, M], t [B] -> v [B, T, M]. c: condition(cond, embed(cond)), if the caller has it."""
-        h, t_emb, rope, mask = self.enter(x_t, t, cond, c)
+        turns = angles(torch.arange(T, device=h.device), d // 2)
+        rope = turns.cos(), turns.sin()
+        mask = spread(cond.mask, T)
+        attend = None if mask is None else mask[:, None, None]
         for layer in self.layers:
-            h = layer(h, t_emb, rope, mask)
-        return self.leave(h, t_emb, mask)
-
-    @torch.no_grad()
-    def ablate_each_layer(self, x_t, t, cond):
-        """Eq. 8 for every k in one pass: v [B, T, M] and v^{\\k} [L, B, T, M], in eval mode, without gradient.
-        Layers below a closed gate are shared: a stack of hidden states goes up, row 0 intact; at each layer a row
-        that skips it joins. L (L + 1) / 2 layer evaluations in place of L^2. fog_a does the same gate by gate."""
-        training, B = self.training, len(x_t)
-        h, t_emb, rope, mask = self.eval().enter(x_t, t, cond)
-        ts, masks = t_emb, mask
-        for layer in self.layers:
-            h = torch.cat([layer(h, ts, rope, masks), h[:B]])
-            ts, masks = torch.cat([ts, t_emb]), None if mask is None else torch.cat([masks, mask])
-        v = self.train(training).leave(h, ts, masks).unflatten(0, (-1, B))
-        return v[0], v[1:]
+            h = layer(h, t, rope, attend)
+        v = self.v_out(modulate(h, *self.modulation(t)[:, None].chunk(2, -1))).float()
+        return v if mask is None else v * mask[..., None]
 
 
-# ---- 3. Teacher, T(x) ------------------------------------------------------------------------------------------------
-# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in preparation. Features are averaged
-# over blocks; a clip's T(x) is the mean of its blocks, less the corpus mean: else every clip has nearly one target.
+# ---- 3. Teacher, T(x) ----------------------------------------------------------------------------
+# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in preparation.
+# A clip's T(x) is the mean of its features, less the corpus mean: without that, all clips have
+# nearly one target. Tokens are the k-means units of the teacher's features, or of another's.
+
+
+def hubert(name, layer):
+    """A speech model of torchaudio.pipelines -> waveform [B, n] to features of one of its layers."""
+    import torchaudio  # here: neither --help nor training waits for it
+
+    bundle = getattr(torchaudio.pipelines, name, None)
+    if not isinstance(bundle, torchaudio.pipelines.Wav2Vec2Bundle):
+        raise ValueError("not MFCC, a speech model of torchaudio.pipelines, or FILE.py:FUNCTION")
+    if not 1 <= layer <= bundle._params["encoder_num_layers"]:
+        raise ValueError(f"--teacher-layer {layer}: it has {bundle._params['encoder_num_layers']}")
+    try:
+        net = bundle.get_model()
+    except OSError as error:  # no network
+        address = urljoin("https://download.pytorch.org/torchaudio/models/", bundle._path)
+        raise ValueError(
+            f"{error}. Put {address} into {torch.hub.get_dir()}/checkpoints, or take --teacher MFCC, "
+            "which needs no download"
+        ) from None
+    net = getattr(net, "model", net)  # the large bundles' wrapper normalises over the whole batch
+
+    def features(wave):
+        if bundle._normalize_waveform:
+            wave = F.layer_norm(wave, wave.shape[1:])  # each clip by itself
+        return net.extract_features(wave, num_layers=layer)[0][-1]
+
+    return net, features
+
+
+def mfcc():
+    """13 coefficients, their deltas and the deltas' deltas: HuBERT's own first target."""
+    import torchaudio
+
+    spectrum = dict(n_fft=400, hop_length=320, n_mels=26, center=False)
+    net = torchaudio.transforms.MFCC(TEACHER_RATE, 13, log_mels=True, melkwargs=spectrum)
+    delta = torchaudio.functional.compute_deltas
+
+    def features(wave):
+        x = net(wave)
+        return torch.cat([x, delta(x), delta(delta(x))], 1).transpose(1, 2)
+
+    return net, features
+
+
+def call_by_name(spec):
+    """FILE.py:FUNCTION or MODULE:FUNCTION, called without arguments."""
+    place, function = spec.rsplit(":", 1)
+    found = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+    return found[function]()
 
 
 class Teacher(nn.Module):
-    """Waveform [B, n x 2560] at 16 kHz -> features [B, n x 8, dim]. Raises ValueError if it can't be had or won't fit."""
+    """Waveform [B, n x 2560] at 16 kHz -> features [B, n x 8, dim], frozen.
+
+    spec: a speech bundle of torchaudio.pipelines, of which `layer` is taken; MFCC; or
+    FILE.py:FUNCTION or MODULE:FUNCTION, which returns a module from waveform to features.
+    Raises ValueError if it can't be had or doesn't answer 50 times a second.
+    """
 
     def __init__(self, spec="HUBERT_BASE", layer=9):
         super().__init__()
-        import torchaudio  # here: neither --help nor training waits for it
-
-        bundle = getattr(torchaudio.pipelines, spec, None) if spec.isupper() else None
-        if (
-            spec == "MFCC"
-        ):  # HuBERT's own first target: 13 coefficients, their deltas, and the deltas' deltas
-            mfcc, delta = torchaudio.transforms.MFCC, torchaudio.functional.compute_deltas
-            self.net = mfcc(
-                TEACHER_RATE,
-                13,
-                log_mels=True,
-                melkwargs=dict(n_fft=400, hop_length=320, n_mels=26, center=False),
-            )
-            stack = lambda x: torch.cat([x, delta(x), delta(delta(x))], 1).transpose(1, 2)
-            self.features = lambda wave: stack(self.net(wave))
-        elif hasattr(bundle, "get_model"):
-            if layer > (depth := bundle._params["encoder_num_layers"]):
-                raise ValueError(f"--teacher-layer {layer} but {spec} has {depth} layers")
-            try:
-                self.net = bundle.get_model()
-            except OSError as error:  # no network
-                raise ValueError(
-                    f"--teacher {spec}: {error}. Put https://download.pytorch.org/torchaudio/models/{bundle._path} into "
-                    f"{torch.hub.get_dir()}/checkpoints, or take --teacher MFCC, which needs no download"
-                ) from None
-            self.features = lambda wave: self.net.extract_features(wave, num_layers=layer)[0][-1]
-        elif ":" in spec:
-            place, function = spec.rsplit(":", 1)
-            try:
-                found = (
-                    runpy.run_path(place)
-                    if place.endswith(".py")
-                    else vars(importlib.import_module(place))
-                )
-                self.net = self.features = found[function]()
-            except (OSError, ImportError, KeyError) as error:
-                raise ValueError(f"--teacher {spec}: {type(error).__name__}: {error}") from None
-        else:
-            raise ValueError(
-                f"--teacher {spec}: not MFCC, HUBERT_BASE or another of torchaudio.pipelines, FILE.py:FUNCTION or MODULE:FUNCTION"
-            )
-        self.eval().requires_grad_(False)
-        for self.pad in (
-            0,
-            80,
-        ):  # HuBERT's receptive field of 400 samples costs a frame; 80 zeros give it back
-            shape = self.features(torch.zeros(1, 2 * 2560 + self.pad)).shape
-            if len(shape) == 3 and shape[1] == 2 * TEACHER_FRAMES:
-                self.dim, self.place = (
-                    shape[2],
-                    torch.zeros(1, 1),
-                )  # place: see data_prep.place_means
-                return
-        raise ValueError(
-            f"--teacher {spec}: 0.32 s at 16 kHz gave {list(shape)}, need [1, 16, dim]: 50 Hz"
-        )
+        try:
+            if ":" in spec:
+                self.net = self.features = call_by_name(spec)
+            else:
+                self.net, self.features = mfcc() if spec == "MFCC" else hubert(spec, layer)
+            self.eval().requires_grad_(False)
+            # HuBERT hears 25 ms at once, which costs a frame; 5 ms of silence in front give it back
+            # and centre its frames within 3 ms of the mel's.
+            for self.pad in (0, 80):
+                found = self(torch.zeros(1, 2 * 2560))
+                shape = list(found.shape)
+                if len(shape) == 3 and shape[1] == 2 * TEACHER_FRAMES:
+                    self.dim = shape[2]
+                    return
+        except ValueError as error:
+            raise ValueError(f"--teacher {spec}: {error}") from None
+        except Exception as error:  # a file of the user's may raise anything
+            raise ValueError(f"--teacher {spec}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"--teacher {spec}: 0.32 s at 16 kHz gave {shape}, not [1, 16, dim]")
 
     @torch.no_grad()
     def forward(self, wave):
-        return (x := self.features(F.pad(wave, (0, self.pad)))) - self.place[: x.shape[1]].to(
-            x.device
-        )
+        return self.features(F.pad(wave, (self.pad, 0)))
 
 
-def pool_teacher(blocks, mask=None):
-    """T(x): centred features [B, n, dim], a row a block -> [B, dim], the mean over real blocks; exact for any crop."""
-    return (
-        blocks.mean(1)
-        if mask is None
-        else (blocks * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-    )
+def log_mel(wave):
+    """Waveform [B, n x 256] at 24 kHz -> [B, n, 100]: n_fft 1024, magnitude, natural log."""
+    import torchaudio
+
+    mel = torchaudio.transforms.MelSpectrogram(RATE, 1024, hop_length=HOP, n_mels=N_MELS, power=1)
+    return mel.to(wave.device)(wave)[..., :-1].clamp(min=1e-5).log().transpose(1, 2)
 
 
-# ---- 4. BiT-C (Eqs. 3 to 5) ------------------------------------------------------------------------------------------
-# Ties the token interface to the teacher: one linear head P_d on the pooled embedded tokens. It trains the tokens to
-# carry what the teacher knows, and gives LASP a head that was never fitted to a layer.
+class Tokenizer(nn.Module):
+    """K-means units. centroids [units, d]: of features [B, n x 8, d]; or [units, d + 100]: a second
+    codebook of the mel at their rate, the dense acoustic tokens of Eq. 15."""
+
+    def __init__(self, centroids, codebooks=1):
+        super().__init__()
+        self.codebooks = codebooks
+        self.register_buffer("centroids", torch.as_tensor(centroids).float())
+
+    @staticmethod
+    def streams(features, mel, codebooks):
+        """features [B, n x 8, d], mel [B, n x 15, 100] -> what each codebook's units are made of."""
+        mel = F.interpolate(mel.transpose(1, 2), features.shape[1], mode="area").transpose(1, 2)
+        return [features, mel][:codebooks]
+
+    def forward(self, features, mel):
+        """-> ids [B, n x 8 x codebooks]; the second codebook's follow the first's in number."""
+        ids, column = [], 0
+        for i, x in enumerate(self.streams(features, mel, self.codebooks)):
+            centroids = self.centroids[:, column : column + x.shape[2]]
+            ids.append(nearest(x, centroids) + i * len(centroids))
+            column += x.shape[2]
+        return interleave(*ids)
+
+
+def nearest(x, centroids):
+    """The nearest centroid of each row: x [..., d], centroids [units, d] -> [...]."""
+    square, rows = centroids.square().sum(1), x.half().float().flatten(0, -2)
+    found = [(square - 2 * part @ centroids.T).argmin(1) for part in rows.split(16384)]
+    return torch.cat(found).view(x.shape[:-1])
+
+
+# ---- 4. The token interface: BiT-C (Eqs. 3 to 5) -------------------------------------------------
+# One linear head P_d on the pooled embedded tokens e ties them to the teacher. It trains the tokens
+# to carry what the teacher knows, and gives LASP a head that was never fitted to a layer.
+
+
+def pool(h, mask=None):
+    """The mean over time without padding: h [..., T, D], mask [..., T] -> [..., D] in float32;
+    zeros where all is padding."""
+    h = h.float()
+    if mask is None:
+        return h.mean(-2)
+    return h.masked_fill(~mask[..., None], 0).sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 class BiTC(nn.Module):
@@ -353,269 +349,453 @@ class BiTC(nn.Module):
 
     def forward(self, e, T_x, mask=None):
         """Eqs. 3, 4: e [B, N, D], T_x [B, dim], mask [B, N] -> s = cos(P z, T(x)) [B]."""
-        w = torch.ones_like(e[..., :1]) if mask is None else mask[..., None]
-        z = (e * w).float().sum(1) / w.sum(1).clamp(min=1)
-        z = F.layer_norm(z, z.shape[-1:])  # no gain, no bias: P follows
+        z = F.layer_norm(pool(e, mask), e.shape[-1:])  # no gain, no bias: P follows
         return F.cosine_similarity(self.P(z).float(), T_x, dim=-1)
 
 
 def bitc_loss(s, kept):
-    """Eq. 5, one domain: s [B]; kept [B] weighs the clips that kept their tokens, 0 the others, sum 1 -> scalar."""
+    """Eq. 5, one domain. s [B], kept [B]: weights, 0 for clips without tokens, sum 1 -> scalar."""
     return (kept * (1 - s)).sum()
 
 
-# ---- 5. LASP: what a layer stores (Eq. 6) ----------------------------------------------------------------------------
-# BiT-C's score with a layer's hidden state where the tokens were: the same head, frozen, for all layers.
+# ---- 5. LASP: what a layer stores (Eq. 6) --------------------------------------------------------
+# BiT-C's score with a layer's hidden state where the tokens were: the same head, frozen, for all.
 
 
 @torch.no_grad()
 def lasp(hidden, bitc, T_x, mask=None):
-    """hidden {layer: [B, T, D]}, bitc the domain's head, T_x [B, dim], mask [B, T] -> [L, B], layers ascending."""
+    """hidden {k: [B, T, D]}, bitc a domain's head, T_x [B, dim], mask [B, T] -> [L, B], ascending."""
     return torch.stack([bitc(hidden[k], T_x, mask) for k in sorted(hidden)])
 
 
-# ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ------------------------------------------------------------------
-# Close one layer's gate in a forward pass and see how far the velocity moves. Works on any residual network: paste
-# this section into your model's code. No gradient, eval mode, the same random numbers in every pass.
+# ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ----------------------------------------------
+# Close one layer's gate in a forward pass and see how far the velocity moves. Closing gate k changes
+# nothing below it, so the blocks there hand on what they returned with all gates open: in all
+# L (L + 1) / 2 evaluations of a block in place of L (L + 1), exact in any network of residual blocks.
+
+
+def full(x):
+    return x if x.is_complex() else x.float()
 
 
 def relative_change(v, v_k, eps=1e-8):
-    """Eq. 9, a sample: ||v^{\\k} - v|| / (||v|| + eps). v [B, ...], v_k [L, B, ...] -> [L, B]. Norms in float32."""
-    return (v_k.float() - v.float()).flatten(2).norm(dim=2) / (
-        v.float().flatten(1).norm(dim=1) + eps
-    )
+    """Eq. 9, a sample: ||v^{\\k} - v|| / (||v|| + eps). v, v_k [B, ...] -> [B], norms in float32."""
+    v, v_k = full(v).reshape(len(v), -1), full(v_k).reshape(len(v), -1)
+    return (v_k - v).norm(dim=1) / (v.norm(dim=1) + eps)
 
 
-def hand_on(k, output, args, kwargs, hidden):
-    """What block k returns with its gate closed: for each output tensor, the block's own input of that name or shape."""
-    inputs = {name: x for name, x in [*enumerate(args), *kwargs.items()] if torch.is_tensor(x)}
-    outputs = output if isinstance(output, (tuple, list)) else (output,)
-    names = hidden if isinstance(hidden, (tuple, list)) else [hidden] * len(outputs)
-    fits = [
-        [n for n, i in inputs.items() if i.shape == x.shape and name in (None, n)]
-        if torch.is_tensor(x) and (hidden is None or name is not None)
-        else None
-        for name, x in zip(names, outputs)
-    ]
-    found = [f[0] for f in fits if f is not None and len(f) == 1]
-    if not found or len(set(found)) < len(fits) - fits.count(None) or len(names) < len(outputs):
-        shape = lambda x: list(x.shape) if torch.is_tensor(x) else type(x).__name__
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if torch.is_tensor(x)]
+
+
+def copied(tree):
+    return tree_map_only(torch.Tensor, lambda x: x.detach().clone(), tree)
+
+
+def differ(a, b, tolerance=1e-3):
+    """By more than the noise of kernels that add up in any order."""
+    a, b = tensors(a), tensors(b)
+    if [x.shape for x in a] != [y.shape for y in b]:
+        return True
+    for x, y in zip(a, b, strict=True):
+        x, y, scale = full(x).nan_to_num(), full(y).nan_to_num(), full(x).nan_to_num(0, 0, 0).norm()
+        if torch.where(x == y, 0, x - y).norm() > tolerance * scale:
+            return True
+    return False
+
+
+def matching_inputs(args, kwargs, output):
+    """Eq. 7 with m_k = 0: for each tensor that a block returns, its one input of that shape."""
+    inputs = {id(x): x for x in tensors((args, kwargs))}
+
+    def match(x):
+        found = [i for i, y in inputs.items() if y.shape == x.shape]
+        if len(found) == 1:
+            return inputs.pop(found[0]).to(x.dtype)
         raise ValueError(
-            f"fog_a: can't tell block {k}'s hidden state: it returns {[*map(shape, outputs)]} from "
-            f"{ {n: shape(x) for n, x in inputs.items()} }. With no such input it is not a residual block; with several, name one, as "
-            "hidden=0 or hidden='x'; for several outputs a tuple, one an output, None to leave one as it is"
+            f"returns a tensor of shape {list(x.shape)} and takes {len(found)} such inputs: say what "
+            "it returns when closed, skip=lambda args, kwargs, output: ..."
         )
-    closed = [x if f is None else inputs[f[0]].to(x.dtype) for f, x in zip(fits, outputs)]
-    return (
-        closed[0]
-        if torch.is_tensor(output)
-        else type(output)(*closed)
-        if hasattr(output, "_fields")
-        else type(output)(closed)
-    )
+
+    for x in tree_leaves(output):
+        if not isinstance(x, (torch.Tensor, int, float, type(None))):
+            raise ValueError(
+                f"returns a {type(x).__name__}: say with skip= what a closed one returns"
+            )
+    return tree_map_only(torch.Tensor, match, output)
+
+
+class Gates:
+    """Answers for the blocks' forward. In the pass "open" it keeps what each takes and returns. In
+    "again" all hand that on, one of each kind computes, and nothing may differ. In "odd" and "even"
+    every other one hands on zeros. In a block's own pass those below hand on, and it skips itself."""
+
+    def __init__(self, blocks, skip):
+        self.blocks, self.skip, self.calls = list(blocks), skip, []
+        if not self.blocks:
+            raise ValueError("fog_a: there are no blocks to close")
+        for k, block in enumerate(self.blocks):
+            if not isinstance(block, nn.Module) or isinstance(
+                block, (nn.ModuleList, nn.ModuleDict)
+            ):
+                kind = type(block).__name__
+                raise ValueError(f"fog_a: block {k + 1} is a {kind}, not a module that is called")
+            if block in self.blocks[:k]:
+                self.refuse(block, f"and block {k + 1} are the same module")
+        self.samples = {type(b): b for b in self.blocks}.values()
+
+    def refuse(self, block, why):
+        raise ValueError(f"fog_a: block {self.blocks.index(block) + 1} {why}")
+
+    def forward(self, block, compute, *args, **kwargs):
+        if self.now == "open":
+            given = copied((args, kwargs))
+            output = compute(*args, **kwargs)
+            if differ(given, (args, kwargs), 0):
+                self.refuse(block, "writes into its own input; let it return a new tensor")
+            self.calls.append((block, given, copied(output)))
+            return output
+        if self.at == len(self.calls) or self.calls[self.at][0] is not block:
+            self.refuse(block, "ran out of turn: blocks must run in one order, none inside another")
+        _, given, kept = self.calls[self.at]
+        self.at += 1
+        if self.now == "again":
+            output = compute(*args, **kwargs) if block in self.samples else kept
+            if differ((given, kept), ((args, kwargs), output)):
+                self.refuse(block, UNREPEATABLE)
+        elif self.now in ("odd", "even"):
+            return self.zero(block, args, kwargs, kept)
+        elif self.now is block:
+            self.closed = True
+            return self.hand_on(block, args, kwargs, kept)
+        elif self.closed:
+            return compute(*args, **kwargs)
+        return copied(kept)
+
+    def hand_on(self, block, args, kwargs, kept):
+        try:
+            return copied(self.skip(args, kwargs, copied(kept)))
+        except ValueError as error:
+            self.refuse(block, error)
+
+    def zero(self, block, args, kwargs, kept):
+        """Where the caller adds h to what a block returns, zeros leave the next one's input as h."""
+        hidden = tensors(self.hand_on(block, args, kwargs, kept))
+        if self.at % 2 == (self.now == "odd"):
+            self.below = block, hidden
+            return tree_map_only(torch.Tensor, torch.zeros_like, kept)
+        below, h = self.below
+        if below is not block and all(map(torch.equal, h, hidden)) and any(x.any() for x in h):
+            why = "returns f(h) and leaves the sum to its caller: pass skip=lambda args, kwargs, output"
+            self.refuse(below, f"{why}: 0 * output")
+        return copied(kept)
+
+
+UNREPEATABLE = (
+    "gives other numbers when the same pass runs again: it draws random numbers that can't be "
+    "replayed (numpy's, a torch.Generator's), or is in training mode (call model.eval())"
+)
 
 
 @torch.no_grad()
-def fog_a(velocity, blocks, *inputs, hidden=None, eps=1e-8):
-    """FoG-A of any residual network. velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, in order, each
-    with its own sum h + f(h), not in place.
-    hidden: position or keyword of the hidden state among a block's arguments, needed only where shapes can't tell;
-    a tuple, one an output, where blocks return several. -> scores [L, B]; average over B for Eq. 9's expectation.
-    Raises ValueError for a block that never ran, or whose output matches no input."""
-    now, fired, blocks, chance = None, set(), list(blocks), random.getstate()
-    gpus = sorted({p.device.index for b in blocks for p in b.parameters() if p.is_cuda})
+def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
+    """Eqs. 8, 9 for any residual network: scores [L, B]; their mean over B is FoG-A.
 
-    def gate(block, args, kwargs, output):
-        fired.add(block)
-        return (
-            hand_on(blocks.index(block) + 1, output, args, kwargs, hidden) if block is now else None
-        )
+    velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, each of which returns its own
+    sum h + f(h). skip(args, kwargs, output) says what a closed block returns; it is needed only
+    where shapes can't tell which input is the hidden state. Modules run in eval mode, and each pass
+    sees the same random numbers. Raises ValueError, with the block's number, where scores would
+    mean nothing.
+    """
+    gates = Gates(blocks, skip or matching_inputs)
 
-    def run():  # each pass replays, and leaves, the same random state; compiled models would not see the hooks
-        with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):
-            v = velocity(*inputs)
-        random.setstate(chance)
-        if not torch.is_tensor(v):
+    def run(now):
+        gates.now, gates.at, gates.closed, gates.below = now, 0, False, (None, [])
+        random.seed(0)
+        torch.manual_seed(0)
+        v = velocity(*copied(inputs))
+        if not torch.is_tensor(v) or not v.dim():
             raise ValueError(
-                f"fog_a: velocity() returns {type(v).__name__}; wrap it to return the velocity alone"
+                f"fog_a: velocity() returns a {type(v).__name__}, not [B, ...]; wrap it"
             )
-        return v
+        return v.clone()
 
-    modes, scores = [(m, m.training) for b in blocks for m in b.modules()], []
-    hooks = [b.register_forward_hook(gate, with_kwargs=True) for b in blocks]
-    try:
-        for m, _ in modes:
-            m.training = False
-        v = run()
-        if silent := [k for k, b in enumerate(blocks, 1) if b not in fired]:
-            raise ValueError(
-                f"fog_a: blocks {silent} never ran in velocity(); is one a bare ModuleList, which is never called?"
-            )
-        for now in blocks:
-            scores.append(relative_change(v, run()[None], eps)[0])
-    finally:
-        for h in hooks:
-            h.remove()
-        for m, training in modes:
-            m.training = training
-    return torch.stack(scores)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.random.fork_rng(range(torch.accelerator.device_count())))
+        undo.callback(random.setstate, random.getstate())
+        undo.enter_context(torch.compiler.set_stance("force_eager"))  # so that gates are seen
+        root = getattr(velocity, "__self__", velocity)  # of a bound method
+        roots = [m for m in (root, *gates.blocks) if isinstance(m, nn.Module)]
+        for module in {m for root in roots for m in root.modules()}:
+            undo.callback(setattr, module, "training", module.training)
+            module.training = False
+        for block in gates.blocks:
+            own = vars(block)
+            before = {"forward": own["forward"]} if "forward" in own else {}
+            undo.callback(own.update, before)  # after the next line's
+            undo.callback(own.pop, "forward")
+            own["forward"] = partial(gates.forward, block, block.forward)
+        v = run("open")
+        for block in gates.blocks:
+            if all(called is not block for called, *_ in gates.calls):
+                gates.refuse(block, "never ran in velocity()")
+        if differ(v, run("again")):
+            raise ValueError(f"fog_a: velocity() {UNREPEATABLE}")
+        for parity in ("odd", "even") if skip is None else ():
+            run(parity)
+        # From the top down: what a block leaves in an attribute is then the open pass's.
+        order = reversed(dict.fromkeys(block for block, *_ in gates.calls))
+        scores = {block: relative_change(v, run(block), eps) for block in order}
+        return torch.stack([scores[block] for block in gates.blocks])
 
 
-# ---- 7. Selection and weights (Eqs. 10, 11) --------------------------------------------------------------------------
+# ---- 7. Selection and weights (Eqs. 10, 11) ------------------------------------------------------
 
 
 def select_layers(scores, k=3, equal=False):
-    """Eq. 10: the k layers of highest score [L], best first, counted from 1; ties go to the shallower layer.
-    Eq. 11: lambda, their shares of the scores' sum (or 1 / k if equal). -> layers, weights. Raises ValueError."""
-    scores = torch.as_tensor(scores, dtype=torch.float64)
+    """Eqs. 10, 11: scores [L] -> {layer: lambda}, best first, layers counted from 1. Ties go to the
+    shallower layer; lambda is a layer's share of the chosen scores, or 1 / k if equal.
+    Raises ValueError where scores can't say which layers."""
+    scores = torch.as_tensor(scores).detach().cpu().double()
     if scores.dim() != 1 or not 1 <= k <= len(scores):
         raise ValueError(f"can't choose {k} layers from scores of shape {list(scores.shape)}")
     if not scores.isfinite().all():
         raise ValueError(f"layer scores are not finite: {scores.tolist()}")
-    if not equal and not (scores.any() and scores.min() >= 0):
+    if scores.abs().max() < 1e-4:
         raise ValueError(
-            f"negative scores: {scores.tolist()}"
-            if scores.any()
-            else "no layer contributes, every FoG-A "
-            "score is 0: adaLN-Zero starts with all gates closed, so train some steps before probing"
+            f"no layer contributes, the best score is {scores.max():.1e}: fresh adaLN-Zero or "
+            "LayerScale gates are closed, so train some steps before probing"
         )
+    if not equal and scores.min() < 0:
+        raise ValueError(f"negative scores have no shares: {scores.tolist()}")
     best = scores.argsort(descending=True, stable=True)[:k]
-    lam = torch.full((k,), 1 / k) if equal else scores[best] / scores[best].sum()
-    return (best + 1).tolist(), lam.tolist()
+    lam = torch.full_like(scores[best], 1 / k) if equal else scores[best] / scores[best].sum()
+    return dict(zip((best + 1).tolist(), lam.tolist(), strict=True))
 
 
-# ---- 8. Alignment (Eq. 12) -------------------------------------------------------------------------------------------
-# A small head a layer maps the pooled hidden state to the teacher's space; the loss is one minus the cosine.
+# ---- 8. Alignment (Eq. 12) -----------------------------------------------------------------------
+# A small head a layer maps the pooled hidden state to the teacher's space; the loss is one minus the
+# cosine. Wherever layers are asked for, the dictionary {layer: lambda} of section 7 will do.
 
 
 @contextlib.contextmanager
 def capture(blocks, layers, output=None):
     """Hidden states of any model, with gradient, in the forward pass you make anyway.
-        with capture(model.blocks, [1, 9, 5]) as hidden:
-            v = model(...)                      # hidden[9] is what the ninth block returned
-    output: which one, where blocks return several tensors. Raises ValueError for a block that never ran, or whose
-    state carries no gradient (inside a re-entrant activation checkpoint it is detached)."""
-    hidden, layers = {}, list(layers)
-    if not all(1 <= k <= len(blocks) for k in layers):
-        raise ValueError(f"capture: layers {layers} of {len(blocks)}; they count from 1")
 
-    def keep(k, out):
-        hidden[k] = out if torch.is_tensor(out) or output is None else out[output]
-        if not torch.is_tensor(hidden[k]):
+        with capture(model.blocks, layers) as hidden:
+            v = model(...)  # hidden[9] is what the ninth block returned
+
+    output: which one, where blocks return several tensors. Raises ValueError for a block that never
+    ran, or whose state carries no gradient.
+    """
+    blocks, layers, hidden, hooks = list(blocks), list(layers), {}, []
+
+    def keep(k, block, args, returned):
+        try:
+            x = returned if output is None or torch.is_tensor(returned) else returned[output]
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"capture: output={output} of block {k}: {error}") from None
+        if not torch.is_tensor(x):
+            kind = type(x).__name__
+            raise ValueError(f"capture: block {k} returns a {kind}; say which tensor, as output=0")
+        hidden[k] = x.clone()  # whatever its caller then writes into x
+
+    for k in layers:
+        if not 1 <= k <= len(blocks) or not isinstance(blocks[k - 1], nn.Module):
             raise ValueError(
-                f"capture: block {k} returns {type(out).__name__}; say which of its tensors, as output=0"
+                f"capture: no layer {k} among {len(blocks)} modules; layers count from 1, and of a "
+                "ModuleDict pass .values()"
             )
-
-    hooks = [
-        blocks[k - 1].register_forward_hook(lambda block, args, out, k=k: keep(k, out))
-        for k in layers
-    ]
+        if blocks.count(blocks[k - 1]) > 1:
+            raise ValueError(f"capture: block {k} is listed twice")
     try:
+        for k in layers:
+            hooks.append(blocks[k - 1].register_forward_hook(partial(keep, k)))
         yield hidden
     finally:
-        for h in hooks:
-            h.remove()
+        for hook in hooks:
+            hook.remove()
     for k in layers:
         if k not in hidden:
             raise ValueError(
-                f"capture: block {k} never ran; a compiled model ignores hooks: compile its blocks instead"
+                f"capture: block {k} never ran: a bare ModuleList is never called, and a compiled "
+                "model ignores hooks (compile its blocks instead)"
             )
-        if (
-            torch.is_grad_enabled()
-            and not hidden[k].requires_grad
-            and any(p.requires_grad for p in blocks[k - 1].parameters())
-        ):
+        trains = any(p.requires_grad for p in blocks[k - 1].parameters())
+        if torch.is_grad_enabled() and trains and not hidden[k].requires_grad:
             raise ValueError(
-                f"capture: block {k}'s state carries no gradient; checkpoint with use_reentrant=False"
+                f"capture: block {k} has no gradient; checkpoint with use_reentrant=False"
             )
 
 
 class AlignmentHeads(nn.ModuleDict):
-    """h_phi_k: a two-layer MLP for each chosen layer, D -> teacher's dim."""
+    """h_phi_k: a two-layer MLP for each layer. dim: the hidden states' width, or {layer: width}."""
 
     def __init__(self, layers, dim, teacher_dim, width=192):
-        mlp = lambda: nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, teacher_dim))
-        super().__init__({str(k): mlp() for k in layers})
+        super().__init__()
+        for k in layers:
+            into = nn.Linear(dim[k] if isinstance(dim, dict) else dim, width)
+            self[str(k)] = nn.Sequential(into, nn.SiLU(), nn.Linear(width, teacher_dim))
 
 
-def agrepa_loss(hidden, heads, T_x, weights, mask=None):
-    """Eq. 12's sum over k of lambda_k (1 - cos(h_phi_k(pool(h_k)), T(x))), a clip. hidden {k: [B, T, D]}, weights
-    {k: lambda_k}, mask [B, T]. T_x [B, dim], or [B, n, dim]: n equal stretches, each with its own target. -> [B]."""
-    T_x, loss = T_x[:, None] if T_x.dim() == 2 else T_x, torch.zeros(len(T_x), device=T_x.device)
-    for k, lam in weights.items():
-        w = torch.ones_like(hidden[k][..., :1]) if mask is None else mask[..., None]
-        h, w = (
-            (x.float()).unflatten(1, (T_x.shape[1], -1)).sum(2) for x in (hidden[k] * w, w)
-        )  # sums over a stretch
-        far = 1 - F.cosine_similarity(
-            heads[str(k)](h / w.clamp(min=1)).float(), T_x, dim=-1
-        )  # [B, n]
-        real = w[..., 0] > 0
-        loss = loss + lam * (far * real).sum(1) / real.sum(1)
+def agrepa_loss(hidden, heads, T_x, lam, mask=None):
+    """Eq. 12's sum over k of lambda_k (1 - cos(h_phi_k(pool(h_k)), T(x))), for each clip.
+
+    hidden {k: [B, T, D]}, lam {k: lambda_k}, mask [B, T] true where a frame is real -> [B].
+    T_x [B, dim]; or [B, n, dim]: n equal stretches of time, each with its own target.
+    """
+    T_x = T_x[:, None] if T_x.dim() == 2 else T_x
+    B, n, _ = T_x.shape
+    stretches = None if mask is None else mask.unflatten(1, (n, -1))  # [B, n, T / n]
+    real = None if mask is None else stretches.any(-1)  # [B, n]
+    loss = torch.zeros(B, device=T_x.device)
+    for k in lam:
+        z = heads[str(k)](pool(hidden[k].unflatten(1, (n, -1)), stretches))
+        far = 1 - F.cosine_similarity(z.float(), T_x, dim=-1)  # [B, n]
+        loss = loss + lam[k] * pool(far[..., None], real)[:, 0]
     return loss
 
 
-# ---- 9. Sampling (App. A) --------------------------------------------------------------------------------------------
-# From noise to mel along the velocity field, and from mel to sound. Whole files: data_prep.resynthesise.
+# ---- 9. Sampling (App. A) ------------------------------------------------------------------------
+# From noise to mel along the velocity field, and from mel to sound.
+
+
+@torch.no_grad()
+def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0):
+    """Noise x0 [B, T, M] -> x1 [B, T, M] in nfe Euler steps. guidance 1 is off; at another, v_u lacks
+    the tokens and keeps the reference mel. sway below 0: finer steps near the noise (F5-TTS)."""
+    dropped = cond._replace(keep=torch.zeros_like(cond.keep))
+    t = torch.linspace(0, 1, nfe + 1)
+    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+    x = x0
+    for now, dt in zip(t.tolist(), t.diff().tolist(), strict=False):
+        at = torch.full((len(x),), now, device=x.device)
+        v_c = model(x, at, cond)
+        v_u = v_c if guidance == 1 else model(x, at, dropped)
+        v = v_u + guidance * (v_c - v_u)
+        x = x + dt * v
+    return x
 
 
 def mel_to_wave(mel, vocoder="griffinlim"):
-    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz. Griffin-Lim on least-squares magnitudes; or vocos, which
-    reads this very format. Raises ValueError if vocos or its weights are missing."""
+    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz. Griffin-Lim on least-squares
+    magnitudes, or vocos. Raises ValueError where vocos or its weights are missing."""
     import torchaudio
 
     mel = torch.cat([mel, mel[:, -1:]], 1).transpose(
         1, 2
-    )  # frames are centred: one more closes the last hop
+    )  # frames are centred: closes the last hop
     if vocoder == "vocos":
         try:
             from vocos import Vocos
 
-            return (
-                Vocos.from_pretrained("charactr/vocos-mel-24khz")
-                .to(mel.device)
-                .decode(mel)[:, : HOP * (mel.shape[2] - 1)]
-            )
+            net = Vocos.from_pretrained("charactr/vocos-mel-24khz").to(mel.device)
         except Exception as error:  # no package, or any of a hub's errors
-            raise ValueError(
-                f"--vocoder vocos: {type(error).__name__}: {error}; pip install vocos, or take griffinlim"
-            ) from None
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"--vocoder vocos: {why}; pip install vocos, or griffinlim") from None
+        return net.decode(mel)[:, : HOP * (mel.shape[2] - 1)]
     bank = torchaudio.functional.melscale_fbanks(513, 0, RATE / 2, N_MELS, RATE).to(mel)
     magnitude = (torch.linalg.pinv(bank.T) @ mel.exp()).clamp(min=0)
+    griffin_lim = torchaudio.transforms.GriffinLim(1024, n_iter=64, hop_length=HOP, power=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # first phases: the same sound each time
-        return torchaudio.transforms.GriffinLim(1024, n_iter=64, hop_length=HOP, power=1).to(
-            mel.device
-        )(magnitude)
+        return griffin_lim.to(mel.device)(magnitude)
 
 
-@torch.no_grad()
-def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0, join=lambda v: v):
-    """x0 [B, T, M] noise -> x1 by nfe Euler steps. guidance w: v_u + w (v_c - v_u), where v_u lacks the tokens and keeps
-    the reference mel; 1 is off. sway < 0: finer steps near the noise (F5-TTS). join: makes windows' velocities agree."""
-    twice = (
-        (lambda x: x) if guidance == 1 else (lambda x: x if x is None else torch.cat([x, x]))
-    )  # both passes, one batch
-    cond = Condition(*map(twice, cond))
-    cond = cond._replace(
-        keep=cond.keep & (torch.arange(len(cond.keep), device=x0.device) < len(x0))
-    )
-    c, x, t = (
-        model.condition(cond, model.embed(cond)),
-        x0,
-        torch.linspace(0, 1, nfe + 1),
-    )  # tokens are embedded once
-    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
-    for now, step in zip(t.tolist(), t.diff().tolist()):
-        v = model(twice(x), torch.full((len(cond.keep),), now, device=x0.device), cond, c)
-        v_c, v_u = v[: len(x)], v[-len(x) :]
-        x = x + step * join(v_u + guidance * (v_c - v_u))
-    return x
+# ---- 10. Data ------------------------------------------------------------------------------------
+# A prepared folder (data_prep.py) is one domain: memory-mapped rows, one a block; an utterance is a
+# run of rows. Every draw is a function of (seed, domain, step, clip): neither resuming a run nor
+# splitting it over more processes changes any.
 
 
-# ---- 10. Data --------------------------------------------------------------------------------------------------------
-# A prepared folder is one domain: memory-mapped rows, one a block; an utterance is a run of rows, held-out ones last.
-# Every draw of a step is a function of (seed, step, domain, sample): neither resuming nor more processes change it.
+def read_audio(path, start=0, blocks=None):
+    """Blocks of a file, mono -> waveform at 16 kHz [n x 2560], at 24 kHz [n x 3840], file's rate.
+    Raises ValueError with the reason where they can't be used."""
+    import soundfile
+    from torchaudio.functional import resample
+
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as f:
+            rate = f.samplerate
+            blocks = blocks or int(f.frames / rate / BLOCK + 1e-6)
+            a, b = round(start * BLOCK * rate), round((start + blocks) * BLOCK * rate)
+            f.seek(a)
+            wave = f.read(b - a, dtype="float32", always_2d=True).mean(1)
+    except (RuntimeError, OSError) as error:  # soundfile's own is a RuntimeError
+        raise ValueError(f"can't be read ({error})") from None
+    if blocks < 1:
+        raise ValueError(f"is shorter than a block of {BLOCK} s")
+    if len(wave) < b - a - BLOCK * rate:
+        raise ValueError(f"ends {(b - a - len(wave)) / rate:.2f} s before its header says")
+    loudest = np.abs(wave).max(initial=0)
+    if not 1e-5 < loudest < 100:  # NaN too
+        raise ValueError(f"is silent, or not sound: its loudest sample there is {loudest:.3g}")
+
+    def at_rate(new):
+        # Denominators up to 500: 0.1 ms off in 25.6 s; 16,001 Hz would take a kernel of 1.5 GB.
+        ratio, n = Fraction(new, rate).limit_denominator(500), round(blocks * BLOCK * new)
+        sound = resample(torch.from_numpy(wave), ratio.denominator, ratio.numerator)
+        return F.pad(sound, (0, max(0, n - len(sound))))[:n]
+
+    return at_rate(TEACHER_RATE), at_rate(RATE), rate
+
+
+class BlockDataset:
+    """A folder made by data_prep.py. Raises ValueError where it isn't one, or is damaged."""
+
+    def __init__(self, folder, raw_teacher=False):
+        try:
+            self.meta = meta = json.loads((Path(folder) / "meta.json").read_text())
+            if meta["format"] != FORMAT:
+                raise ValueError("another version made it")
+            names = "mel tokens teacher units utterances".split()
+            arrays = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names]
+            self.mel, self.tokens, self.teacher, self.units, utterances = arrays
+            self.mean, self.std = float(meta["mel_mean"]), float(meta["mel_std"])
+            self.dim = meta["dim"]
+            self.centre = np.float32(meta["teacher_mean"]) * (not raw_teacher)
+            self.first, self.blocks = np.array(utterances).T  # rows; held-out utterances stand last
+            self.train = len(self.first) - meta["held_out"]  # utterances to train on
+            self.ends = self.blocks[: self.train].cumsum()
+            n, ids = len(self.mel), TEACHER_FRAMES * meta["codebooks"]
+            shapes = [(n, FRAMES, N_MELS), (n, ids), (n, self.dim)]
+            inside = (self.first >= 0) & (self.blocks > 0) & (self.first + self.blocks <= n)
+            if (
+                [x.shape for x in arrays[:3]] != shapes
+                or [x.dtype.str for x in arrays] != ["<f2", "<u2", "<f2", "<f4", "<i8"]
+                or self.tokens.max() >= len(self.units) * meta["codebooks"]
+                or (len(self.units), self.centre.shape) != (meta["units"], (self.dim,))
+                or not (
+                    inside.all()
+                    and 0 < self.train < len(self.first)
+                    and 0 < self.std < 1e3 > abs(self.mean)
+                )
+            ):
+                raise ValueError("its arrays don't belong together")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{folder}: not a whole prepared folder ({why})") from None
+
+    def held_out(self, part):
+        """Every other held-out utterance: those with part 0, or those between them with part 1."""
+        every = range(self.train, len(self.first))
+        return every[part::2] or every
+
+    def clip(self, u, start, n):
+        """n blocks of utterance u from block `start`: x1 [n x 15, M] normalised, tokens [n x 8 x
+        codebooks], teacher [n, dim] centred, and how many are real. Past the utterance's end stand
+        zeros, and its last token, so that interpolation sees no edge."""
+        real = int(min(n, self.blocks[u] - start))
+        rows, after = slice(self.first[u] + start, self.first[u] + start + real), n - real
+        x1 = ((self.mel[rows].astype(np.float32) - self.mean) / self.std).reshape(-1, N_MELS)
+        tokens = self.tokens[rows].astype(np.int64).reshape(-1)
+        teacher = self.teacher[rows].astype(np.float32) - self.centre
+        return {
+            "x1": np.pad(x1, [(0, after * FRAMES), (0, 0)]),
+            "tokens": np.pad(tokens, (0, after * self.tokens.shape[1]), mode="edge"),
+            "teacher": np.pad(teacher, [(0, after), (0, 0)]),
+            "real": real,
+        }
 
 
 class Batch(NamedTuple):
@@ -625,650 +805,1062 @@ class Batch(NamedTuple):
     x1: torch.Tensor  # [B, T, M] log-mel, normalised by the domain's mean and deviation
     t: torch.Tensor  # [B]
     cond: Condition
-    blocks: list  # a domain each: [b, n, dim] teacher features, centred, a row a block
-    kept: (
-        torch.Tensor
-    )  # [B] Eq. 5's weights: 1 / (how many of the domain's clips kept their tokens), or 0
-    scored: torch.Tensor  # [B, T] frames that metrics count: real, and after the reference prefix
+    teacher: list  # a domain each: [b, n, dim] features, centred, a row a block
+    kept: torch.Tensor  # [B] Eq. 5's weights: 1 / (how many of the domain's kept tokens), or 0
+    scored: torch.Tensor  # [B, T] frames that the held-out loss counts: real, after the reference
 
 
-class BlockDataset:
-    """A folder made by data_prep.py. Raises ValueError where it isn't one."""
-
-    def __init__(self, folder, raw_teacher=False):
-        try:
-            self.meta = json.loads((Path(folder) / "meta.json").read_text())
-            self.mel, self.tokens, self.teacher, self.units, self.place, offsets = (
-                np.load(Path(folder) / f"{x}.npy", mmap_mode="r")
-                for x in "mel tokens teacher units place offsets".split()
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: not a prepared folder ({error})") from None
-        if (
-            self.meta["format"] != FORMAT
-            or not len(self.mel) == len(self.tokens) == len(self.teacher) == offsets[-1]
-        ):
-            raise ValueError(
-                f"{folder}: its arrays don't belong together, or another version made it; prepare it again"
-            )
-        self.offsets, self.train = (
-            np.array(offsets),
-            len(offsets) - 1 - self.meta["held_out"],
-        )  # utterances to train on
-        self.centre, self.dim = (
-            np.float32(0 if raw_teacher else self.meta["teacher_mean"]),
-            self.teacher.shape[1],
-        )
-
-    def clip(self, u, start, n):
-        """n blocks of utterance u from block `start` -> mel [n x 15, M], ids [n x 8 x codebooks], teacher [n, dim], and how
-        many blocks are real. Past the utterance's end: zeros, and its last id, so that interpolation sees no edge."""
-        a = self.offsets[u] + start
-        real = int(min(n, self.offsets[u + 1] - a))
-        rows, pad = (
-            slice(a, a + real),
-            lambda x: np.pad(x, [(0, n - real), *[(0, 0)] * (x.ndim - 1)]),
-        )
-        mel = (self.mel[rows].astype(np.float32) - self.meta["mel_mean"]) / self.meta["mel_std"]
-        ids = self.tokens[rows].astype(np.int64).reshape(-1)
-        ids = np.pad(ids, (0, n * self.tokens.shape[1] - len(ids)), mode="edge")
-        return (
-            pad(mel).reshape(n * FRAMES, -1),
-            ids,
-            pad(self.teacher[rows].astype(np.float32) - self.centre),
-            real,
-        )
+DRAWS, NOISE, HELD_OUT, HELD_OUT_NOISE, SAMPLING = range(1, 6)  # what random numbers are for
 
 
-def make_batch(datasets, config, b, step=None, rank=0, world=1, domains=None, device="cpu"):
-    """Step `step`'s clips, b a domain, for this rank; without a step, b fixed held-out clips, the same in every run."""
-    n, rows, blocks = config.blocks, [], []
-    for d in domains or range(len(datasets)):
-        data, key = datasets[d], (0, d) if step is None else (1 + config.seed, d, step)
-        draws = np.random.default_rng(key).random((b * world, 6))
-        kept = (draws[:, 0] >= 0.1) | (step is None)  # 10 % lose their tokens
+def stream(purpose, seed=0, domain=0, step=0, clip=0):
+    """Always five numbers: to numpy (1, 2) and (1, 2, 0) are the same seed."""
+    return np.random.default_rng((purpose, seed, domain, step, clip))
+
+
+def training_batch(data, config, step, rank=0, world=1, device="cpu"):
+    """Step `step`'s clips for this process, config.batch_size in all."""
+    b, n, clips = config.batch_size // len(data), config.blocks, []
+    for d, domain in enumerate(data):
+        draws = stream(DRAWS, config.seed, d, step).random((b * world, 6))
+        keep = draws[:, 0] >= 0.1  # 10 % lose their tokens, 10 % the reference
         for i in range(rank * b, rank * b + b):
-            where, start, t, prompt, length = draws[i, 1:]
-            if step is None:  # evenly over the utterances, times by the golden ratio
-                u, t = data.train + i * data.meta["held_out"] // b, (0.5 + i * 0.618034) % 1
-            else:  # a random block's utterance: long ones come more often
-                u = (
-                    np.searchsorted(
-                        data.offsets, int(where * data.offsets[data.train]), side="right"
-                    )
-                    - 1
-                )
-            mel, ids, target, real = data.clip(
-                u, int(start * max(1, data.offsets[u + 1] - data.offsets[u] - n + 1)), n
-            )
-            prompt = (
-                int(length * 0.3 * real * FRAMES) if prompt >= 0.1 else 0
-            )  # at most 30 %; 10 % have none
-            noise = np.random.default_rng((*key, i)).standard_normal(mel.shape, dtype=np.float32)
-            rows.append(
-                (
-                    noise,
-                    mel,
-                    np.float32(t),
-                    ids,
-                    d,
-                    kept[i],
-                    world * kept[i] / max(1, kept.sum()),
-                    prompt,
-                    real,
-                )
-            )
-            blocks.append(target)
+            _, where, start, t, ref, length = draws[i]
+            # A random block's utterance: long ones come more often.
+            u = np.searchsorted(domain.ends, int(where * domain.ends[-1]), side="right")
+            clip = domain.clip(u, int(start * max(1, domain.blocks[u] - n + 1)), n)
+            noise = stream(NOISE, config.seed, d, step, i)
+            clip["x0"] = noise.standard_normal(clip["x1"].shape, dtype=np.float32)
+            clip["t"], clip["domain"], clip["keep"] = np.float32(t), d, keep[i]
+            clip["kept"] = np.float32(world * keep[i] / max(1, keep.sum()))
+            clip["prefix"] = int(length * 0.3 * clip["real"] * FRAMES) if ref >= 0.1 else 0
+            clips.append(clip)
+    return collate(clips, len(data), device)
 
-    def put(x):  # pinned, and copied while the step before runs
-        x = torch.from_numpy(np.ascontiguousarray(x))
-        return (
-            x.pin_memory().to(device, non_blocking=True)
-            if torch.device(device).type == "cuda"
-            else x.to(device)
-        )
 
-    x0, x1, t, ids, domain, keep, kept, prompt, real = map(np.stack, zip(*rows))
-    after, inside = np.arange(x1.shape[1]) >= prompt[:, None], np.arange(n) < real[:, None]
-    cond = Condition(
-        put(ids),
-        put(np.where(after[..., None], np.float32(0), x1)),
-        put(domain),
-        put(keep),
-        None if inside.all() else put(inside),
-    )  # flash attention takes no mask
-    blocks = [put(np.stack(blocks[i : i + b])) for i in range(0, len(blocks), b)]
-    return Batch(
-        put(x0),
-        put(x1),
-        put(t),
-        cond,
-        blocks,
-        put(np.float32(kept)),
-        put(after & inside.repeat(FRAMES, 1)),
+def held_out_batch(data, config, b, only=None, device="cpu"):
+    """b fixed clips of each domain, or of domain `only`, the same in every run. The loss is taken of
+    every other held-out utterance; layers are chosen on those between, asked for with `only`."""
+    clips, n = [], config.blocks
+    for d in range(len(data)) if only is None else (only,):
+        held = data[d].held_out(0 if only is None else 1)
+        for i in range(b):
+            start, length = stream(HELD_OUT, 0, d, 0, i).random(2)
+            u = held[i * len(held) // b]
+            clip = data[d].clip(u, int(start * max(1, data[d].blocks[u] - n + 1)), n)
+            noise = stream(HELD_OUT_NOISE, 0, d, 0, i)
+            clip["x0"] = noise.standard_normal(clip["x1"].shape, dtype=np.float32)
+            clip["t"], clip["domain"] = np.float32((0.5 + i * 0.618034) % 1), d  # golden ratio
+            clip["keep"], clip["kept"] = True, np.float32(1 / b)
+            clip["prefix"] = int(length * 0.3 * clip["real"] * FRAMES)
+            clips.append(clip)
+    return collate(clips, len(clips) // b, device)
+
+
+def collate(clips, domains, device):
+    def put(x):
+        x = torch.from_numpy(np.stack(x))
+        if torch.device(device).type != "cuda":
+            return x.to(device)
+        return x.pin_memory().to(device, non_blocking=True)  # while the step before runs
+
+    names = "x0 x1 t tokens domain keep kept prefix real".split()
+    x0, x1, t, tokens, domain, keep, kept, prefix, real = (
+        put([c[k] for c in clips]) for k in names
     )
+    T, b = x1.shape[1], len(clips) // domains
+    after = torch.arange(T, device=device) >= prefix[:, None]
+    inside = torch.arange(T // FRAMES, device=device) < real[:, None]
+    whole = all(c["real"] == T // FRAMES for c in clips)  # flash attention takes no mask
+    ref = x1.masked_fill(after[..., None], 0)
+    cond = Condition(tokens, ref, domain, keep, None if whole else inside)
+    teacher = [put([c["teacher"] for c in clips[i : i + b]]) for i in range(0, len(clips), b)]
+    return Batch(x0, x1, t, cond, teacher, kept, after & spread(inside, T))
 
 
-def loader(datasets, config, first, rank, world, device):
-    """Batches from step `first` on, the next four assembled in threads while one is trained on."""
-    make = lambda step: make_batch(
-        datasets, config, config.batch_size // len(datasets), step, rank, world, device=device
-    )
+def prefetch(make, first):
+    """make(first), make(first + 1), ...: the next four assembled in threads meanwhile."""
     with ThreadPoolExecutor(4) as pool:
         coming = collections.deque(pool.submit(make, first + i) for i in range(4))
-        for step in itertools.count(first + 4):
+        while True:
+            first += 1
             yield coming.popleft().result()
-            coming.append(pool.submit(make, step))
+            coming.append(pool.submit(make, first + 3))
 
 
-# ---- 11. Training loop (App. A.5: probe, then intervene) -------------------------------------------------------------
+# ---- 11. Training (App. A.5: probe, then intervene) ----------------------------------------------
+
 
 PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
-LOG = "step phase loss fm bitc align val_fm lr frames_per_s seconds"
+STRATEGIES = "foga", "lasp", "gradnorm", "random", "none"
+LOG = "step phase loss fm bitc align val_fm lr frames_per_s seconds".split()
 
 
-def losses(model, bitc, heads, chosen, batch, config):
-    """The terms of Eq. 12: L_FM, L_BiT, alignment. bitc, heads, chosen: one entry a domain; no heads, no alignment."""
+def flag(default, text, **kw):
+    return dataclasses.field(default=default, metadata={"help": text, **kw})
+
+
+@dataclasses.dataclass
+class Config:
+    """One field, one flag."""
+
+    data: tuple = flag((), "folders of audio, or prepared ones: a domain each", metavar="DIR")
+    out: str = flag("", "run folder (default: runs/<data>-<number>)", metavar="DIR")
+    steps: int = flag(100_000, "training steps, both phases together")
+    batch_size: int = flag(16, "clips a step in each process, shared equally by the domains")
+    seconds: float = flag(4.8, "length of a clip, rounded to blocks of 0.16 s")
+    layers: int = flag(12, "layers of the velocity model (paper: 24)")
+    dim: int = flag(512, "its width (paper: 1024)")
+    heads: int = flag(8, "its attention heads (paper: 16)")
+    dropout: float = flag(0.0, "in the layers (paper: 0.2)")
+    lr: float = flag(1e-4, "peak learning rate: rises for a third of phase I, then a cosine to 0")
+    seed: int = flag(0, "of initialisation, crops, noise and times")
+    teacher: str = flag("HUBERT_BASE", "torchaudio bundle, MFCC, FILE.py:FUNCTION, MODULE:FUNCTION")
+    teacher_layer: int = flag(9, "which layer of a bundle; those above are never computed")
+    raw_teacher: bool = flag(False, "don't take the corpus mean off the teacher's features")
+    units_teacher: str = flag("", "whose k-means units are the tokens (default: the teacher's)")
+    codebooks: int = flag(1, "2: interleave dense acoustic tokens (Eq. 15)", choices=(1, 2))
+    units: int = flag(1024, "k-means units a codebook (paper: 4096)")
+    probe_steps: int = flag(0, "length of phase I (default: 5000, or 15 %% of a shorter run)")
+    probe_every: int = flag(0, "steps between probes (default: 200, or a tenth of phase I)")
+    top_k: int = flag(3, "layers to align")
+    select: str = flag("foga", "foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
+    weights: str = flag(
+        "auto",
+        "foga: Eq. 11; auto: Eq. 11 for --select foga, else equal",
+        choices=("auto", "foga", "equal"),
+    )
+    align_weight: float = flag(1.0, "weight of the alignment loss")
+    align_pool: str = flag("clip", "a target a clip, or one a block", choices=("clip", "block"))
+    align_until: int = flag(0, "stop aligning at this step (default: never)")
+    bit_weight: float = flag(0.5, "lambda_BiT (paper: 0.5 for speech, 1.0 for audio)")
+    device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = flag(
+        "auto", "auto: bfloat16 where the hardware has it", choices=("auto", "bfloat16", "float32")
+    )
+    compile: bool = flag(False, "torch.compile the layers")
+    eval_every: int = flag(200, "steps between log lines, each with the held-out loss")
+    save_every: int = flag(1000, "steps between checkpoints")
+    resume: bool = flag(False, "go on with the run in --out")
+    cache: str = flag("prepared", "where folders of audio are prepared", metavar="DIR")
+
+    @property
+    def blocks(self):
+        return round(self.seconds / BLOCK)
+
+    @property
+    def phase1(self):
+        return self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
+
+    @property
+    def every(self):
+        return self.probe_every or max(1, min(200, self.phase1 // 10))
+
+
+def named(name, value):
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def check(config):
+    """Raises ValueError, with the value and what to do, for settings that can't be run."""
+    for f in dataclasses.fields(config):
+        value, may_be_0 = getattr(config, f.name), not f.default or "weight" in f.name
+        fits = f.default in ("", ()) or isinstance(f.default, str) or 0 < value < math.inf
+        if not fits and not (value == 0 and may_be_0):
+            least = "0 or more" if may_be_0 else "above 0"
+            raise ValueError(f"{named(f.name, value)}: must be a number {least}")
+    layers, L = config.select.split(","), config.layers
+    fits = len({k for k in layers if k.isdecimal() and 1 <= int(k) <= L}) == len(layers)
+    if config.select not in STRATEGIES and not fits:
+        which = f"{', '.join(STRATEGIES)}, or different layers from 1 to {L}, such as 4,8,12"
+        raise ValueError(f"--select {config.select}: {which}")
+    if config.top_k > L:
+        raise ValueError(f"--top-k {config.top_k} but the model has {L} layers")
+    if config.dim % (2 * config.heads):
+        raise ValueError(f"--dim {config.dim}: must be a multiple of 2 x --heads {config.heads}")
+    if config.dropout >= 1:
+        raise ValueError(f"--dropout {config.dropout}: must be below 1")
+    if config.units * config.codebooks > 65536:
+        raise ValueError(f"--units {config.units}: at most {65536 // config.codebooks}")
+    if not 1 <= config.blocks <= WINDOW:
+        raise ValueError(f"--seconds {config.seconds}: from {BLOCK} to {WINDOW * BLOCK}")
+    if config.phase1 >= config.steps:
+        raise ValueError(f"--probe-steps {config.phase1}: must end before --steps {config.steps}")
+    if config.batch_size % max(1, len(config.data)):
+        many = len(config.data)
+        raise ValueError(f"--batch-size {config.batch_size}: not a multiple of the {many} domains")
+
+
+def launch(config):
+    """Processes, device, precision -> rank, world, device, and a function that makes the autocast
+    context to run a model in. Raises ValueError for a device that isn't there."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    try:
+        device = best if config.device == "auto" else torch.device(config.device)
+        if device.type == "cuda" and world > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and fast)
+    return rank, world, device, partial(torch.autocast, device.type, torch.bfloat16, enabled=low)
+
+
+def losses(model, bitc, heads, layers, batch, config):
+    """The terms of Eq. 12: L_FM, L_BiT and alignment, each a scalar. bitc, heads and layers
+    ({layer: lambda}) have an entry a domain; without heads nothing is aligned."""
     cond, b = batch.cond, len(batch.x1) // len(bitc)
-    e, (x_t, u) = model.embed(cond), flow_path(batch.x0, batch.x1, batch.t)
-    taps = sorted({k for c in chosen for k in c["layers"]}) if len(heads) else []
-    with capture(model.layers, taps) as hidden:
-        v = model(x_t, batch.t, cond, model.condition(cond, e))
-    fm = flow_matching_loss(v, u, spread(cond.mask, v.shape[1])).mean()
+    T, e = batch.x1.shape[1], model.embed(batch.cond)
+    x_t, u = flow_path(batch.x0, batch.x1, batch.t)
+    aligned = sorted({k for lam in layers for k in lam}) if len(heads) else []
+    with capture(model.layers, aligned) as hidden:
+        v = model(x_t, batch.t, cond, e)
+    fm = flow_matching_loss(v, u, spread(cond.mask, T)).mean()
     bit = align = torch.zeros((), device=v.device)
     for d, head in enumerate(bitc):
         own = slice(d * b, d * b + b)
         mask = None if cond.mask is None else cond.mask[own]
-        T_x = pool_teacher(batch.blocks[d], mask)
-        bit = bit + bitc_loss(head(e[own], T_x, spread(mask, e.shape[1])), batch.kept[own])
-        if taps:
-            lam, target = (
-                dict(zip(chosen[d]["layers"], chosen[d]["weights"])),
-                T_x if config.align_pool == "clip" else batch.blocks[d],
-            )
-            far = agrepa_loss(
-                {k: hidden[k][own] for k in lam}, heads[d], target, lam, spread(mask, v.shape[1])
-            )
+        T_x = pool(batch.teacher[d], mask)
+        s = head(e[own], T_x, spread(mask, e.shape[1]))
+        bit = bit + bitc_loss(s, batch.kept[own])
+        if aligned:
+            target = T_x if config.align_pool == "clip" else batch.teacher[d]
+            h = {k: hidden[k][own] for k in layers[d]}
+            far = agrepa_loss(h, heads[d], target, layers[d], spread(mask, T))
             align = align + far.mean() / len(bitc)
     return fm, bit, align
 
 
-def probe(model, bitc, batch, d=0):
-    """FoG-A, LASP and the gradient norm of L_FM, a layer, on domain d's fixed clips at each of PROBE_TIMES, in eval mode
-    and float32: the scores are differences of close numbers. -> three lists [L][times]"""
-    training, out, mask = model.training, [], spread(batch.cond.mask, batch.x1.shape[1])
+def probe(model, bitc, batch):
+    """What each layer stores and contributes, on fixed clips of one domain at each of PROBE_TIMES,
+    in eval mode and float32: scores are differences of close numbers. bitc: the domain's head.
+    -> foga, lasp, and gradnorm, the norm of L_FM's gradient: each [L][times]."""
+    training, mask = model.training, spread(batch.cond.mask, batch.x1.shape[1])
+    T_x, columns = pool(batch.teacher[0], batch.cond.mask), []
     model.eval()
-    for at in PROBE_TIMES:
-        t = torch.full_like(batch.t, at)
+    for now in PROBE_TIMES:
+        t = torch.full_like(batch.t, now)
         x_t, u = flow_path(batch.x0, batch.x1, t)
-        foga = relative_change(*model.ablate_each_layer(x_t, t, batch.cond)).mean(1)
+        foga = fog_a(model, model.layers, x_t, t, batch.cond).mean(1)
         with capture(model.layers, range(1, len(model.layers) + 1)) as hidden:
-            loss = flow_matching_loss(model(x_t, t, batch.cond), u, mask).mean()
-        store = lasp(hidden, bitc[d], pool_teacher(batch.blocks[0], batch.cond.mask), mask).mean(1)
-        grads = torch.autograd.grad(loss, list(model.layers.parameters()))
-        grads = torch.stack([g.norm() for g in grads]).view(len(model.layers), -1).norm(dim=1)
-        out.append(torch.stack([foga, store, grads]))
+            v = model(x_t, t, batch.cond)
+        store = lasp(hidden, bitc, T_x, mask).mean(1)
+        loss = flow_matching_loss(v, u, mask).mean()
+        gradients = torch.autograd.grad(loss, list(model.layers.parameters()))
+        norms = torch.stack([g.norm() for g in gradients]).view(len(model.layers), -1).norm(dim=1)
+        columns.append(torch.stack([foga, store, norms]))
     model.train(training)
-    return torch.stack(out, -1).tolist()
+    foga, store, norms = torch.stack(columns, -1).tolist()
+    return {"foga": foga, "lasp": store, "gradnorm": norms}
 
 
-def choose(config, history, d, name, say=print):
-    """Domain d's entry of layers.json, from the mean of the probes in phase I's second half; says the table."""
-    late = [p["scores"][d] for p in history if p["step"] > config.phase1 / 2]
-    foga, store, grad = torch.tensor(late, dtype=torch.float64).mean((0, -1)).tolist()  # [L] each
-    lots = torch.rand(
-        config.layers, generator=torch.Generator().manual_seed(1000 * config.seed + d)
-    ).tolist()
-    scores = dict(foga=foga, lasp=store, gradnorm=grad, random=lots).get(config.select)
-    layers = (
-        select_layers(scores, config.top_k, equal=True)[0]
-        if scores
-        else [int(k) for k in config.select.split(",") if k != "none"]
-    )
-    shares = config.weights == "foga" or (config.weights, config.select) == (
-        "auto",
-        "foga",
-    )  # Eq. 11, among the chosen
-    order, lam = (
-        select_layers([foga[k - 1] for k in layers], len(layers), equal=not shares)
-        if layers
-        else ([], [])
-    )
-    lam = {layers[i - 1]: w for i, w in zip(order, lam)}
-    say(
-        f"\n{name}: mean of {len(late)} probes up to step {history[-1]['step']}\nlayer   FoG-A    LASP  grad norm  lambda"
-    )
-    for k, row in enumerate(zip(foga, store, grad), 1):
-        say(
-            "{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row)
-            + (f"  {lam[k]:6.3f}  chosen" if k in lam else "")
-        )
-    if config.select == "foga":
-        K, (*_, last, following) = (
-            config.top_k,
-            sorted([0.0, *foga], reverse=True)[: config.top_k + 1],
-        )
-        say(f"margin: layer {layers[-1]} is {last / max(following, 1e-12) - 1:.1%} above the next")
-        common = [
-            len({*layers} & {*select_layers(torch.tensor(p["scores"][d][0]).mean(1), K, True)[0]})
-            for p in history[-3:]
-        ]
-        say(
-            f"of these {K} layers, the last probes each have {', '.join(map(str, common))} in their top {K}"
-            + (
-                "\nwarning: the ranking was still moving; more --probe-steps would settle it"
-                if min(common) < K
-                else ""
-            )
-        )
-    return dict(layers=list(lam), weights=list(lam.values()), foga=foga, lasp=store)
+def choose(config, probes, d):
+    """Eqs. 10, 11 on the mean of domain d's probes in phase I's second half -> {layer: lambda} and
+    that mean, {score: [L]}."""
+    late = [p["domains"][d] for p in probes if p["step"] > config.phase1 / 2]
+    scores = {name: np.mean([p[name] for p in late], axis=(0, 2)).tolist() for name in late[0]}
+    lots = torch.Generator().manual_seed(1000 * config.seed + d)
+    scores["random"] = torch.rand(config.layers, generator=lots).tolist()
+    if config.select == "none":
+        return {}, scores
+    if config.select in scores:
+        layers = list(select_layers(scores[config.select], config.top_k, equal=True))
+    else:
+        layers = [int(k) for k in config.select.split(",")]
+    shares = config.weights == "foga" or (config.weights, config.select) == ("auto", "foga")
+    order = select_layers([scores["foga"][k - 1] for k in layers], len(layers), equal=not shares)
+    return {layers[i - 1]: lam for i, lam in order.items()}, scores
 
 
-def launch(config):
-    """Device, processes, precision. -> rank, world, device, amp(). Raises ValueError for a device that isn't there."""
-    rank, world, local = (
-        int(os.environ.get(k, default))
-        for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    best = (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
-    try:
-        device = torch.device(best if config.device == "auto" else config.device)
-        if device.type == "cuda" and world > 1:
-            torch.cuda.set_device(device := torch.device("cuda", local))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
-    has = dict(
-        cuda=lambda: torch.cuda.is_bf16_supported(False), cpu=torch.cpu._is_avx512_bf16_supported
-    ).get(device.type, bool)
-    low = config.dtype == "bfloat16" or config.dtype == "auto" and has()
-    return rank, world, device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
-
-
-def groups(module):
-    """AdamW's parameter groups: weight decay on matrices; none on the token table, biases and the null token."""
-    pick = lambda decays: [
-        p
-        for name, p in module.named_parameters()
-        if (p.ndim > 1 and name != "tokens.weight") == decays
-    ]
-    return [dict(params=pick(True), weight_decay=0.1), dict(params=pick(False), weight_decay=0.0)]
-
-
-def build(config, domains):  # the meta of each
-    return VelocityModel(
-        config.layers,
-        config.dim,
-        config.heads,
-        config.dropout,
-        [m["units"] * m["codebooks"] for m in domains],
-    )
-
-
-def write_text(path, text):
-    Path(f"{path}.part").write_text(text)
-    os.replace(f"{path}.part", path)
-
-
-def write_table(path, header, rows):
-    write_text(path, "\n".join(",".join(map(str, row)) for row in [header.split(), *rows]) + "\n")
-
-
-def save(folder, state):
-    """last.pt, by way of a file that is renamed when whole; the one before stays as previous.pt."""
-    torch.save(state, folder / "last.pt.part")
-    if (folder / "last.pt").exists():
-        os.replace(folder / "last.pt", folder / "previous.pt")
-    os.replace(folder / "last.pt.part", folder / "last.pt")
-
-
-def load_checkpoint(path):
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if state["format"] == "agrepa 2" else 1 / 0
-    except Exception as error:  # torch.load raises a dozen kinds
-        raise ValueError(
-            f"{path}: not a whole checkpoint of agrepa.py ({type(error).__name__})"
-        ) from None
-
-
-def train(config, resume=None):
-    """One run, two phases; all it writes stands in config.out. resume: a checkpoint of this run. -> layers.json's content"""
-    rank, world, device, amp = launch(config)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    out, data = Path(config.out), [BlockDataset(d, config.raw_teacher) for d in config.data]
-    names = [d.meta["name"] for d in data]
-    names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, 1)]
-    warm, every = config.phase1, config.probe_every or max(1, min(200, config.phase1 // 10))
-    torch.manual_seed(config.seed)
-    model = build(config, [d.meta for d in data]).to(device)
-    bitc, heads = nn.ModuleList(BiTC(config.dim, d.dim) for d in data).to(device), nn.ModuleList()
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    opt = torch.optim.AdamW([*groups(model), *groups(bitc)], lr=config.lr, fused=True)
-    parts = dict(model=model, bitc=bitc, heads=heads, ema=ema, opt=opt)
-    first, spent, chosen, history, log, aligning = 0, 0.0, None, [], [], False
-    sums = torch.zeros(
-        5, device=device
-    )  # since the last line of the log: loss, fm, bitc, align, and how many steps
-
-    def add_heads():  # known only after phase I, its parameters join the optimiser
-        torch.manual_seed(config.seed + 1)  # alike on every rank
-        heads.extend(
-            AlignmentHeads(c["layers"], config.dim, d.dim).to(device) for c, d in zip(chosen, data)
-        )
-        for group in groups(heads):
-            opt.add_param_group(group)
-
-    if resume:
-        first, spent, chosen, history, log = (
-            resume[k] for k in ("step", "spent", "chosen", "history", "log")
-        )
-        if chosen:
-            add_heads()
-        for name, part in parts.items():
-            part.load_state_dict(resume[name])
-        sums.copy_(resume["sums"])
-    for layer in (
-        model.layers if config.compile else ()
-    ):  # layer by layer: one graph serves all, and capture's hooks still see each
-        layer.forward = torch.compile(layer.forward)
-    held = make_batch(data, config, 16, device=device)
-    probes = [
-        make_batch(data, config, PROBE_CLIPS, domains=[d], device=device) for d in range(len(data))
-    ]
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        print(
-            *(
-                f"domain {n}: {d.meta['hours']:.2f} h, teacher {d.meta['teacher']}, {d.meta['units']} units"
-                for n, d in zip(names, data)
-            ),
-            sep="\n",
-        )
-        print(
-            f"{config.layers} layers of width {config.dim}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on "
-            f"{world} x {device.type}; phase I to step {warm}, a probe every {every}; run folder {out}"
-        )
-    lr = lambda step: (
-        config.lr
-        * min((step + 1) / max(1, warm // 3), 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-    )
-    began, line = time.time() - spent, (time.time(), first)
-
-    for step, batch in zip(
-        range(first, config.steps + 1), loader(data, config, first, rank, world, device)
+def report(config, name, lam, scores, probes, d):
+    """Prints what a domain's layers store and contribute, which are chosen, and how surely."""
+    print(f"\n{name}: mean of the probes from step {config.phase1 // 2} to {probes[-1]['step']}")
+    print("layer   FoG-A    LASP  grad norm  lambda")
+    for k, row in enumerate(
+        zip(scores["foga"], scores["lasp"], scores["gradnorm"], strict=True), 1
     ):
-        end, switch, new = (
-            step == config.steps,
-            chosen is None and step == warm,
-            step > first or not resume,
-        )
-        if new and (switch or chosen is None and step and step % every == 0):
-            with torch.compiler.set_stance(
-                "force_eager"
-            ):  # ablation's stack has another height at each layer
-                history.append(
-                    dict(step=step, scores=[probe(model, bitc, p, d) for d, p in enumerate(probes)])
-                )
-            if rank == 0:  # an empty t is the mean over t
-                write_table(
-                    out / "probe.csv",
-                    "step domain layer t foga lasp gradnorm",
-                    [
-                        [p["step"], name, k, t, *(f"{x:.6g}" for x in row)]
-                        for p in history
-                        for name, scores in zip(names, p["scores"])
-                        for k, s in enumerate(zip(*scores), 1)
-                        for t, *row in [*zip(PROBE_TIMES, *s), ("", *map(np.mean, s))]
-                    ],
-                )
-        if new and switch:  # phase I is over: the layers are chosen, once
-            chosen = [
-                choose(config, history, d, name, print if rank == 0 else lambda text: None)
-                for d, name in enumerate(names)
-            ]
-            if world > 1:
-                dist.broadcast_object_list(chosen)
-            add_heads()
-            if rank == 0:
-                write_text(out / "layers.json", json.dumps(dict(zip(names, chosen)), indent=1))
-        if new and rank == 0 and (step % config.eval_every == 0 or switch or end):
-            with torch.no_grad(), amp():
-                x_t, u = flow_path(held.x0, held.x1, held.t)
-                val = flow_matching_loss(ema(x_t, held.t, held.cond), u, held.scored).mean().item()
-            *total, count = sums.tolist()
-            if step > line[1] and not count:
-                raise ValueError(
-                    f"no finite gradient since step {line[1]}: lower --lr {config.lr:g}, or --dtype float32"
-                )
-            pace, line = (time.time() - line[0]) / max(1, step - line[1]), (time.time(), step)
-            mean = [
-                f"{x / count:.5f}" if count and (aligning or i < 3) else ""
-                for i, x in enumerate(total)
-            ]
-            speed = f"{batch.x1[..., 0].numel() * world / pace:.0f}" if count else ""
-            log.append(
-                [
-                    step,
-                    1 + (step > warm),
-                    *mean,
-                    f"{val:.5f}",
-                    f"{lr(step):.3e}",
-                    speed,
-                    f"{time.time() - began:.1f}",
-                ]
-            )
-            write_table(out / "log.csv", LOG, log)
-            left = datetime.timedelta(seconds=int(pace * (config.steps - step)))
-            shown = [
-                (k, "-" if x == "" else x)
-                for k, x in zip(LOG.split(), log[-1])
-                if k not in ("phase", "loss", "seconds")
-            ]
-            print(*(f"{k} {x:>7} " for k, x in shown), f"{left} left" if count else "", flush=True)
-            sums.zero_()
-        if new and rank == 0 and step and (step % config.save_every == 0 or switch or end):
-            domains = [
-                {
-                    **d.meta,
-                    "skipped": None,
-                    "centroids": torch.tensor(np.array(d.units)),
-                    "place": torch.tensor(np.array(d.place)),
-                }
-                for d in data
-            ]
-            save(
-                out,
-                dict(
-                    format="agrepa 2",
-                    config=dataclasses.asdict(config),
-                    names=names,
-                    domains=domains,
-                    step=step,
-                    chosen=chosen,
-                    sums=sums,
-                    history=history,
-                    log=log,
-                    spent=time.time() - began,
-                    **{k: p.state_dict() for k, p in parts.items()},
-                ),
-            )
-        if end:
-            return dict(zip(names, chosen))
-        torch.manual_seed(
-            hash((config.seed, step, rank)) % 2**32
-        )  # dropout's; all else comes with the batch
-        aligning = bool(chosen and chosen[0]["layers"]) and not 0 < config.align_until <= step
-        with amp():
-            fm, bit, align = losses(model, bitc, heads if aligning else [], chosen, batch, config)
-            loss = fm + config.bit_weight * bit + config.align_weight * align  # Eq. 12
-        loss.backward()
-        params = [p for g in opt.param_groups for p in g["params"] if p.grad is not None]
-        if world > 1:  # the mean over processes, in one message
-            dist.all_reduce(
-                flat := nn.utils.parameters_to_vector(grads := [p.grad for p in params])
-            )
-            nn.utils.vector_to_parameters(flat / world, grads)
-        good = nn.utils.clip_grad_norm_(params, 1.0).isfinite()
-        opt.found_inf = (
-            1 - good.float()
-        )  # a gradient that isn't finite changes nothing, and nobody waits to see it
-        for group in opt.param_groups:
-            group["lr"] = lr(step)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(
-            list(ema.parameters()),
-            list(model.parameters()),
-            1 - min(0.9999, (1 + step) / (10 + step)),
-        )
-        sums += torch.where(
-            good,
-            torch.stack([loss, fm, bit, align, torch.ones_like(fm)]).detach(),
-            torch.zeros_like(sums),
-        )
+        chosen = f"  {lam[k]:6.3f}  chosen" if k in lam else ""
+        print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + chosen)
+    if config.select != "foga":
+        return
+    best, K = sorted([*scores["foga"], 0.0], reverse=True), config.top_k
+    margin = best[K - 1] / max(best[K], 1e-12) - 1
+    print(f"margin: layer {list(lam)[-1]} is {margin:.1%} above the next")
+    # Neighbouring probes agree long before the ranking settles: look at the one halfway.
+    half = min(probes, key=lambda p: abs(p["step"] - probes[-1]["step"] / 2))
+    common = len(lam.keys() & select_layers(np.mean(half["domains"][d]["foga"], 1), K).keys())
+    print(f"{common} of these {K} layers led at step {half['step']}, too")
+    if common < K:
+        print("warning: the ranking is still moving; more --probe-steps would settle it")
 
 
-# ---- 12. Metrics and figures (tables, Fig. 1) ------------------------------------------------------------------------
+def parameter_groups(module):
+    """AdamW's: weight decay on matrices; none on the token table, biases and the null token."""
+    named = dict(module.named_parameters())
+    decay = {name: p.ndim > 1 and name != "tokens.weight" for name, p in named.items()}
+    return [
+        {"params": [p for name, p in named.items() if decay[name]], "weight_decay": 0.1},
+        {"params": [p for name, p in named.items() if not decay[name]], "weight_decay": 0.0},
+    ]
 
 
-def frechet(a, b):
-    """Between Gaussians fitted to rows a [n, d] and b [m, d]: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))."""
-    A, B = np.cov(a.T), np.cov(b.T)
-    w, U = np.linalg.eigh(A)
-    root = (U * np.sqrt(w.clip(0))) @ U.T
-    return float(
-        ((a.mean(0) - b.mean(0)) ** 2).sum()
-        + np.trace(A + B)
-        - 2 * np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
-    )
+def average_gradients(parameters, world):
+    """Over all processes, in one message."""
+    gradients = [p.grad for p in parameters]
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / world, gradients)
 
 
 @torch.no_grad()
-def evaluate(path, named=(), device="cpu"):
-    """A checkpoint's metrics on held-out clips, the reference prefix left out; also into metrics.json beside it."""
-    from data_prep import assign, listen, resample, restore, teachers
+def update_ema(ema, model, step):
+    decay = min(0.9999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-    (state, config, model, amp), found = restore(path, device), {}
-    n, p, data = (
-        config.blocks,
-        max(1, int(0.3 * config.blocks)),
-        [BlockDataset(folder) for folder in config.data],
+
+def write_text(path, text):
+    """By way of a file that is renamed when whole."""
+    part = Path(f"{path}.part")
+    part.write_text(text, errors="surrogateescape")
+    part.replace(path)
+
+
+def write_table(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def build_model(config, domains):
+    """domains: the meta of each prepared folder."""
+    vocabulary = [m["units"] * m["codebooks"] for m in domains]
+    return VelocityModel(config.layers, config.dim, config.heads, config.dropout, vocabulary)
+
+
+class Run:
+    """All that training changes, and the folder where it is kept."""
+
+    PARTS = "model ema bitc heads optimiser".split()
+    PLAIN = "step seconds layers probes log".split()
+
+    def __init__(self, config, data, device):
+        torch.manual_seed(config.seed)
+        self.config, self.out, self.device = config, Path(config.out), device
+        self.domains = [{**d.meta, "centroids": torch.tensor(np.array(d.units))} for d in data]
+        names = [d.meta["name"] for d in data]
+        twice = len(set(names)) < len(names)
+        self.names = [f"{name}-{i}" if twice else name for i, name in enumerate(names, 1)]
+        self.model = build_model(config, self.domains).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        for layer in self.model.layers if config.compile else ():
+            layer.forward = torch.compile(layer.forward)  # one graph serves all, hooks see each
+        self.bitc = nn.ModuleList(BiTC(config.dim, d.dim) for d in data).to(device)
+        self.heads = nn.ModuleList()  # there are none in phase I
+        groups = [*parameter_groups(self.model), *parameter_groups(self.bitc)]
+        self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        self.step, self.seconds, self.layers, self.probes, self.log = 0, 0.0, [], [], []
+        self.sums = torch.zeros(
+            5, device=device
+        )  # of loss, fm, bitc, align, steps; since a log line
+        self.began, self.line = time.time(), (time.time(), 0)
+
+    def choose(self, rank):
+        """Phase I is over: each domain's {layer: lambda}, and a head a layer."""
+        found = [choose(self.config, self.probes, d) for d in range(len(self.domains))]
+        self.layers = [lam for lam, _ in found]
+        if dist.is_initialized():
+            dist.broadcast_object_list(self.layers)
+        self.add_heads()
+        entries = {}
+        for d, (lam, scores) in enumerate(found):
+            entry = {"layers": list(lam), "weights": list(lam.values())}
+            entries[self.names[d]] = {**entry, "foga": scores["foga"], "lasp": scores["lasp"]}
+            if rank == 0:
+                report(self.config, self.names[d], lam, scores, self.probes, d)
+        if rank == 0:
+            write_text(self.out / "layers.json", json.dumps(entries, indent=1))
+
+    def add_heads(self):
+        torch.manual_seed(self.config.seed + 1)  # alike in every process
+        for lam, meta in zip(self.layers, self.domains, strict=True):
+            self.heads.append(AlignmentHeads(lam, self.config.dim, meta["dim"]).to(self.device))
+        for group in parameter_groups(self.heads):
+            self.optimiser.add_param_group(group)
+
+    def learning_rate(self):
+        rise = (self.step + 1) / max(1, self.config.phase1 // 3)
+        return self.config.lr * min(
+            rise, 0.5 + 0.5 * math.cos(math.pi * self.step / self.config.steps)
+        )
+
+    def update(self, world, *terms):
+        """One step of AdamW; a gradient that isn't finite changes nothing. terms: for the log."""
+        heads = [p for p in self.heads.parameters() if p.grad is not None]
+        others = [*self.model.parameters(), *self.bitc.parameters()]
+        others = [p for p in others if p.grad is not None]
+        if world > 1:
+            average_gradients([*others, *heads], world)
+        # Heads are clipped apart: they must not shrink the model's step.
+        norms = [nn.utils.clip_grad_norm_(part, 1.0) for part in (others, heads) if part]
+        good = torch.stack(norms).isfinite().all()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate()
+        if self.device.type == "cuda":  # fused AdamW skips the step, and nobody waits to see it
+            self.optimiser.found_inf = (~good).float()
+            self.optimiser.step()
+        elif good:
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        update_ema(self.ema, self.model, self.step)
+        terms = torch.stack([*terms, torch.ones_like(terms[0])]).detach()
+        self.sums += torch.where(good, terms, torch.zeros_like(terms))
+        self.step += 1
+
+    @torch.no_grad()
+    def write_log(self, held_out, frames, autocast):
+        """A line of log.csv and of the screen, with the loss on held-out clips."""
+        with autocast():
+            x_t, u = flow_path(held_out.x0, held_out.x1, held_out.t)
+            v = self.ema(x_t, held_out.t, held_out.cond)
+        val, now = flow_matching_loss(v, u, held_out.scored).mean().item(), time.time()
+        *sums, count = self.sums.tolist()
+        if self.step > self.line[1] and not count:
+            why = "lower --lr, take --dtype float32, or look into the data"
+            raise ValueError(f"no finite gradient since step {self.line[1]}: {why}")
+        pace = (now - self.line[0]) / max(1, self.step - self.line[1])
+        means = [f"{x / count:.5f}" if count and x else "" for x in sums]
+        speed, phase = f"{frames / pace:.0f}" if count else "", 1 + (self.step > self.config.phase1)
+        rate, seconds = f"{self.learning_rate():.3e}", f"{self.seconds + now - self.began:.1f}"
+        self.log.append([self.step, phase, *means, f"{val:.5f}", rate, speed, seconds])
+        write_table(self.out / "log.csv", LOG, self.log)
+        left = datetime.timedelta(seconds=int(pace * (self.config.steps - self.step)))
+        row = dict(zip(LOG, self.log[-1], strict=True))
+        shown = "step fm bitc align val_fm lr frames_per_s".split()
+        print(*(f"{k} {row[k] or '-':>7} " for k in shown), f"{left} left", flush=True)
+        self.line = now, self.step
+        self.sums.zero_()
+
+    def write_probes(self):
+        rows = []
+        for p in self.probes:
+            for name, scores in zip(self.names, p["domains"], strict=True):
+                for k, at in enumerate(zip(*scores.values(), strict=True), 1):
+                    means = [("", *np.mean(at, axis=1))]  # an empty t is the mean over t
+                    for t, *row in [*zip(PROBE_TIMES, *at, strict=True), *means]:
+                        rows.append([p["step"], name, k, t, *(f"{x:.6g}" for x in row)])
+        write_table(self.out / "probe.csv", "step domain layer t foga lasp gradnorm".split(), rows)
+
+    def save(self):
+        """last.pt, by way of a file that is renamed when whole; the one before is previous.pt."""
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state |= {name: getattr(self, name) for name in self.PLAIN}
+        state |= {"format": CHECKPOINT, "config": dataclasses.asdict(self.config)}
+        state |= {"names": self.names, "domains": self.domains, "sums": self.sums}
+        state["seconds"] += time.time() - self.began
+        last, part = self.out / "last.pt", self.out / "last.pt.part"
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # a full disk
+            raise OSError(f"{part} can't be written: {str(error).splitlines()[0]}") from None
+        if last.exists():
+            last.replace(self.out / "previous.pt")
+        part.replace(last)
+
+    def load(self, state):
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        if self.layers:
+            self.add_heads()
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.sums.copy_(state["sums"])
+        self.line = time.time(), self.step
+
+
+def train(config, state=None):
+    """One run, two phases; all it writes stands in config.out. state: a checkpoint to go on from.
+    -> each domain's {layer: lambda}. Raises KeyboardInterrupt when stopped, its last step saved."""
+    rank, world, device, autocast = launch(config)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    data = [BlockDataset(folder, config.raw_teacher) for folder in config.data]
+    run = Run(config, data, device)
+    if state:
+        run.load(state)
+    held_out = held_out_batch(data, config, 16, device=device)
+    probed = [held_out_batch(data, config, PROBE_CLIPS, d, device) for d in range(len(data))]
+    make = partial(training_batch, data, config, rank=rank, world=world, device=device)
+    batches, frames = prefetch(make, run.step), config.batch_size * config.blocks * FRAMES * world
+    if rank == 0 and not state:
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_text(run.out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        run.write_log(held_out, frames, autocast)
+
+    stop = []  # Ctrl-C and SIGTERM wait for the end of a step
+    before = {
+        s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    while run.step < config.steps and not stop:
+        batch, aligning = next(batches), not 0 < config.align_until <= run.step
+        torch.manual_seed(hash((config.seed, run.step, rank)) % 2**32)  # dropout's
+
+        # Phase I, without heads: L_FM + lambda_BiT L_BiT. Phase II: Eq. 12.
+        heads = run.heads if aligning else []
+        with autocast():
+            fm, bit, align = losses(run.model, run.bitc, heads, run.layers, batch, config)
+            loss = fm + config.bit_weight * bit + config.align_weight * align
+        loss.backward()
+        run.update(world, loss, fm, bit, align)
+
+        # Phase I probes now and then, and ends with the choice of layers.
+        ends, last = run.step == config.phase1, run.step == config.steps
+        if run.step <= config.phase1 and (run.step % config.every == 0 or ends):
+            found = [probe(run.model, run.bitc[d], x) for d, x in enumerate(probed)]
+            run.probes.append({"step": run.step, "domains": found})
+            if rank == 0:
+                run.write_probes()
+        if ends:
+            run.choose(rank)
+
+        if rank == 0 and (run.step % config.eval_every == 0 or ends or last):
+            run.write_log(held_out, frames, autocast)
+        if rank == 0 and (run.step % config.save_every == 0 or ends or last or stop):
+            run.save()
+    batches.close()
+    for s, handler in before.items():
+        signal.signal(s, handler)
+    if run.step < config.steps:
+        again = f"python agrepa.py --out {config.out} --resume goes on"
+        raise KeyboardInterrupt(f"stopped at step {run.step}; {again}")
+    return dict(zip(run.names, run.layers, strict=True))
+
+
+# ---- 12. Listening, measuring, drawing (Fig. 1) --------------------------------------------------
+# Nothing above depends on what stands here.
+
+
+def load_checkpoint(path):
+    """A checkpoint's content; no code in it runs. Raises ValueError where it isn't whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load doesn't look at the checksums
+                raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != CHECKPOINT:
+            raise ValueError("another version made it")
+        return state
+    except Exception as error:  # torch.load raises a dozen kinds
+        raise ValueError(f"{path}: not a whole checkpoint of agrepa.py ({error})") from None
+
+
+class Voice:
+    """One domain of a checkpoint, to listen to: its EMA model, its teachers and its tokenizer."""
+
+    def __init__(self, state, d, given):
+        self.given, self.d = given, d
+        self.how = {k: given[k] for k in ("seed", "nfe", "guidance", "sway") if k in given}
+        for k, value in self.how.items():
+            if not math.isfinite(value) or (k in ("seed", "nfe") and value < (k == "nfe")):
+                raise ValueError(f"{named(k, value)}: must be a number, of steps 1 or more")
+        try:
+            self.config = Config(**{**state["config"], "device": given.get("device", "auto")})
+            check(self.config)
+            *_, self.device, self.autocast = launch(self.config)
+            self.model = build_model(self.config, state["domains"]).to(self.device)
+            self.model.load_state_dict(state["ema"])
+            self.meta = meta = state["domains"][d]
+            self.tokenizer = Tokenizer(meta["centroids"], meta["codebooks"]).to(self.device)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"checkpoint: its settings don't fit its weights ({error})") from None
+        self.model.eval().requires_grad_(False)
+        self.r = TEACHER_FRAMES * meta["codebooks"]  # tokens a block
+
+    @cached_property
+    def teachers(self):
+        """The domain's, and the one its units are of. Code runs only if the command line names it."""
+        specs = [self.meta["teacher"], self.meta["units_teacher"]]
+        for spec in specs:
+            if ":" in spec and spec not in (
+                self.given.get("teacher"),
+                self.given.get("units_teacher"),
+            ):
+                raise ValueError(f"its teacher is code, and runs only if you say --teacher {spec}")
+        made = {s: Teacher(s, self.meta["teacher_layer"]).to(self.device) for s in set(specs)}
+        return [made[spec] for spec in specs]
+
+    def hear(self, wave16, wave24):
+        """A sound of any length -> mel [n x 15, M], normalised, tokens [n x r], features [n x 8, dim]."""
+        windows = wave16.to(self.device).split(WINDOW * 2560)  # as preparation takes them
+        heard = {t: torch.cat([t(w[None])[0] for w in windows]) for t in set(self.teachers)}
+        features, own = (heard[t] for t in self.teachers)
+        mel = log_mel(wave24[None].to(self.device))
+        tokens = self.tokenizer(own[None], mel)[0]
+        return (mel[0] - self.meta["mel_mean"]) / self.meta["mel_std"], tokens, features
+
+    def hear_file(self, path):
+        try:
+            wave16, wave24, rate = read_audio(path)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+        if rate < TEACHER_RATE:
+            print(f"note: {path} has a rate of {rate} Hz, so nothing above {rate // 2} Hz is heard")
+        return self.hear(wave16, wave24)[:2]
+
+    def speak(self, mel, vocoder="griffinlim"):
+        """Normalised mel [n x 15, M] -> sound [n x 3840] at 24 kHz."""
+        return mel_to_wave(mel[None] * self.meta["mel_std"] + self.meta["mel_mean"], vocoder)[0]
+
+
+def resynthesise(voice, tokens, prompt, prompt_tokens, seed=0, **how):
+    """Tokens of a sound of any length [n x r] -> its mel [n x 15, M], in the voice of a prompt
+    [p x 15, M] with its tokens [p x r]. Windows of a training clip's length, prompt included, fade
+    over a third into each other; four are sampled at a time. how: of sample()."""
+    p, r, n = len(prompt), voice.r, len(tokens) // voice.r
+    body = min(n, max(1, voice.config.blocks - p // FRAMES))
+    starts = sorted({min(s, n - body) for s in range(0, n, body - body // 3)})
+    noise = stream(SAMPLING, seed).standard_normal((p + n * FRAMES, N_MELS), dtype=np.float32)
+    noise = torch.from_numpy(noise).to(prompt)
+    fade = torch.hann_window(body * FRAMES + 2, False, device=prompt.device)[1:-1, None]
+    total, weight = torch.zeros_like(noise[p:]), torch.zeros_like(noise[p:, :1])
+    for i in range(0, len(starts), 4):
+        some = starts[i : i + 4]
+        ids = [torch.cat([prompt_tokens, tokens[s * r : (s + body) * r]]) for s in some]
+        x0 = [torch.cat([noise[:p], noise[p + s * FRAMES :][: body * FRAMES]]) for s in some]
+        ref = F.pad(prompt, (0, 0, 0, body * FRAMES)).expand(len(some), -1, -1)
+        domain = torch.full((len(some),), voice.d, device=prompt.device)
+        cond = Condition(torch.stack(ids), ref, domain, domain >= 0)
+        with voice.autocast():
+            made = sample(voice.model, cond, torch.stack(x0), **how)
+        for s, x in zip(some, made[:, p:], strict=True):
+            total[s * FRAMES : (s + body) * FRAMES] += fade * x
+            weight[s * FRAMES : (s + body) * FRAMES] += fade
+    return total / weight
+
+
+def continued(voice, clip, **how):
+    """A clip without padding: its first 30 %, a training reference's length at most, are the prompt
+    for the rest -> the rest's generated mel, real mel [m x 15, M] and tokens [m x r]."""
+    mel, tokens = (torch.from_numpy(clip[k]).to(voice.device) for k in ("x1", "tokens"))
+    p = int(0.3 * min(clip["real"], voice.config.blocks))
+    prompt, prompt_tokens = mel[: p * FRAMES], tokens[: p * voice.r]
+    mel, tokens = mel[p * FRAMES :], tokens[p * voice.r :]
+    return resynthesise(voice, tokens, prompt, prompt_tokens, **how), mel, tokens
+
+
+def write_wave(path, wave):
+    import soundfile
+
+    try:
+        wave = (wave / wave.abs().max().clamp(min=1)).cpu().numpy()
+        soundfile.write(os.fsencode(f"{path}.part"), wave, RATE, format="WAV")
+    except RuntimeError as error:  # soundfile's own
+        raise OSError(f"{path} can't be written: {error}") from None
+    os.replace(f"{path}.part", path)
+
+
+def sample_file(given):
+    """--sample: the tokens of --input, sounded again in the voice of --prompt."""
+    state, output = load_checkpoint(given["sample"]), given.get("output")
+    name, names = given.get("domain", state["names"][0]), state["names"]
+    if "input" not in given or not output or name not in names:
+        which = ", ".join(names)
+        raise ValueError(f"--sample needs --input FILE, --output FILE.wav, a --domain of {which}")
+    if os.path.exists(output):
+        raise ValueError(f"--output {output}: exists already; nothing is overwritten")
+    write_text(f"{output}.part", "")  # where that can't be, it is said before the work
+    voice = Voice(state, names.index(name), given)
+    mel, tokens = voice.hear_file(given["input"])
+    prompt, heard = voice.hear_file(given["prompt"]) if "prompt" in given else (mel, tokens)
+    p = min(len(prompt) // FRAMES, max(1, int(0.3 * voice.config.blocks)))
+    made = resynthesise(voice, tokens, prompt[: p * FRAMES], heard[: p * voice.r], **voice.how)
+    write_wave(output, voice.speak(made, given.get("vocoder", "griffinlim")))
+    print(f"{output}: {len(made) / FRAMES * BLOCK:.2f} s")
+
+
+def finish(out, given):
+    """A run's end: a held-out clip of each domain, generated beside real, through the same vocoder.
+    The clip's beginning is the prompt, and stands in neither."""
+    state = load_checkpoint(out / "last.pt")
+    for d, name in enumerate(state["names"]):
+        voice = Voice(state, d, given)
+        data = BlockDataset(voice.config.data[d])
+        u = max(data.held_out(0), key=lambda u: data.blocks[u])
+        made, real, _ = continued(voice, data.clip(u, 0, min(60, data.blocks[u])))
+        for kind, mel in (("sample", made), ("target", real)):
+            write_wave(out / f"{kind}-{name}.wav", voice.speak(mel))
+    print(f"sound, generated and real: {out}/sample-*.wav, {out}/target-*.wav")
+    try:
+        print("pictures:", *figures(out))
+    except (ImportError, ValueError) as error:
+        print(f"no pictures: {error}")
+
+
+def frechet(a, b):
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of Gaussians fitted to rows a [n, d], b [m, d]."""
+    A, B = np.cov(a.T), np.cov(b.T)
+    w, U = np.linalg.eigh(A)
+    root = (U * np.sqrt(w.clip(0))) @ U.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * cross)
+
+
+def held_out_clips(data, n, part, rows):
+    """Held-out utterances cut into clips of n blocks or what is left of them, none twice, in random
+    order: as many as have `rows` blocks after their first 30 %."""
+    cuts = [(u, s) for u in data.held_out(part) for s in range(0, data.blocks[u], n)]
+    for u, start in stream(HELD_OUT, 1).permutation(cuts):
+        if rows > 0:
+            clip = data.clip(u, start, min(n, data.blocks[u] - start))
+            rows -= clip["real"] - int(0.3 * clip["real"])
+            yield clip
+
+
+def measure(voice, mel, tokens):
+    """A sound by itself, through the vocoder: a row a block of teacher features and of the mel's
+    means and deviations; whether the unit heard is another than the token."""
+    from torchaudio.functional import resample
+
+    wave, blocks = voice.speak(mel), mel.unflatten(0, (-1, FRAMES))
+    _, units, features = voice.hear(resample(wave, RATE, TEACHER_RATE), wave)
+    rows = pool(features.unflatten(0, (-1, TEACHER_FRAMES)))
+    wrong = (units != tokens)[:: voice.meta["codebooks"]]
+    shape = torch.cat([blocks.mean(1), blocks.std(1)], 1)
+    return [x.cpu().double().numpy() for x in (rows, shape, wrong)]
+
+
+@torch.no_grad()
+def evaluate(path, given):
+    """A checkpoint's metrics on held-out audio, also into metrics.json beside it. Each Frechet
+    distance to the real clips stands beside that of as many other held-out ones; the unit error
+    beside that of the recordings themselves, heard through the vocoder."""
+    state, metrics = load_checkpoint(path), {}
+    for d, name in enumerate(state["names"]):
+        voice = Voice(state, d, given)
+        data, n = BlockDataset(voice.config.data[d]), voice.config.blocks
+        need, seconds, sounds = max(data.dim, 2 * N_MELS), 0.0, ([], [], [])
+        clips, others = (list(held_out_clips(data, n, part, 3 * need)) for part in (0, 1))
+        print(f"{name}: {len(clips)} held-out clips, and {len(others)} others", flush=True)
+        for i, clip in enumerate(clips):
+            began = time.time()
+            made, real, tokens = continued(voice, clip, **{**voice.how, "seed": i})
+            seconds += time.time() - began
+            sounds[0].append(measure(voice, made, tokens))
+            sounds[1].append(measure(voice, real, tokens))
+        for clip in others:
+            mel, tokens = (torch.from_numpy(clip[k]).to(voice.device) for k in ("x1", "tokens"))
+            p = int(0.3 * clip["real"])
+            sounds[2].append(measure(voice, mel[p * FRAMES :], tokens[p * voice.r :]))
+        made, real, other = ([np.concatenate(x) for x in zip(*s, strict=True)] for s in sounds)
+        rows = min(len(real[0]), len(other[0]))
+        if rows <= need:
+            why = f"{rows} blocks in each half of what is held out"
+            raise ValueError(f"{name}: {why} give no covariance of {need} values; hold out more")
+        metrics[name] = {
+            "rows": rows,
+            "frechet": frechet(made[0][:rows], real[0][:rows]),
+            "frechet_other_real": frechet(other[0][:rows], real[0][:rows]),
+            "mel_frechet": frechet(made[1][:rows], real[1][:rows]),
+            "mel_frechet_other_real": frechet(other[1][:rows], real[1][:rows]),
+            "unit_error": float(made[2].mean()),
+            "unit_error_recording": float(real[2].mean()),
+            "real_time_factor": seconds / (len(made[0]) * BLOCK),
+        }
+    write_text(Path(path).parent / "metrics.json", json.dumps(metrics, indent=1))
+    return metrics
+
+
+def read_run(folder):
+    """-> config.json, layers.json and the rows of log.csv."""
+    try:
+        settings, layers = (
+            json.loads((folder / f"{x}.json").read_text()) for x in ("config", "layers")
+        )
+        with open(folder / "log.csv", errors="surrogateescape") as log:
+            return settings, layers, list(csv.DictReader(log))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: not the folder of a run past its phase I ({error})") from None
+
+
+def figures(folder):
+    """A run's pictures, from its tables and sounds, into its folder -> their paths. Raises
+    ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder = Path(folder)
+    _, chosen, log = read_run(folder)
+    made = [folder / f"{name}.png" for name in ("dissociation", "loss", "mel")]
+    shape = {"squeeze": False, "layout": "constrained", "figsize": (8, 3 * len(chosen))}
+
+    fig, axes = pyplot.subplots(len(chosen), 2, sharey=True, **shape)  # Fig. 1
+    for (name, entry), (store, contribute) in zip(chosen.items(), axes, strict=True):
+        layers = range(1, len(entry["foga"]) + 1)
+        colours = ["#1f4e79" if k in entry["layers"] else "#b4c4d4" for k in layers]
+        store.barh(layers, entry["lasp"], color="#e0a030")
+        contribute.barh(layers, entry["foga"], color=colours)
+        store.set(title=f"{name}: stores", xlabel="LASP (cosine)", ylabel="layer", yticks=layers)
+        contribute.set(title="contributes (dark: chosen)", xlabel="FoG-A (relative change)")
+    axes[0, 0].invert_yaxis()
+    fig.savefig(made[0])
+
+    fig, ax = pyplot.subplots(layout="constrained", figsize=(8, 3.5))
+    for column, style in {"fm": "-", "val_fm": "--", "bitc": "-.", "align": ":"}.items():
+        line = [(int(r["step"]), float(r[column])) for r in log if r[column]]
+        ax.plot(*np.array(line or [(0, math.nan)]).T, style, label=column)
+    ax.axvline(max(int(r["step"]) for r in log if r["phase"] == "1"), color="grey", label="chosen")
+    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    ax.legend()
+    fig.savefig(made[1])
+
+    fig, axes = pyplot.subplots(len(chosen), 2, sharey=True, **shape)
+    for name, row in zip(chosen, axes, strict=True):
+        files = [folder / f"{kind}-{name}.wav" for kind in ("target", "sample")]
+        mels = [log_mel(read_audio(file)[1][None])[0].T for file in files]
+        low, high = mels[0].quantile(torch.tensor([0.05, 0.99]))  # one scale for both
+        for ax, mel, kind in zip(row, mels, ("real", "generated"), strict=True):
+            area = (0, mel.shape[1] * HOP / RATE, 0, N_MELS)
+            ax.imshow(mel, "magma", vmin=low, vmax=high, origin="lower", aspect="auto", extent=area)
+            ax.set(title=f"{name}: {kind}", xlabel="time (s)", ylabel="mel bin")
+    fig.savefig(made[2])
+    pyplot.close("all")
+    return made
+
+
+def compare(folders):
+    """Prints a table of runs: strategy, seed, held-out loss, layers; metrics where there are any."""
+    print(f"{'run':24}{'select':>10}{'seed':>6}  held-out loss  layers")
+    for folder in map(Path, folders):
+        config, chosen, log = read_run(folder)
+        layers = "; ".join(f"{name} {entry['layers']}" for name, entry in chosen.items())
+        start = f"{folder!s:24}{config['select']:>10}{config['seed']:>6}"
+        print(f"{start}  {log[-1]['val_fm']:>13}  {layers}")
+        if (folder / "metrics.json").exists():
+            for name, row in json.loads((folder / "metrics.json").read_text()).items():
+                print(f"  {name}:", *(f"{k} {v:.4g} " for k, v in row.items()))
+
+
+# ---- 13. Command line ----------------------------------------------------------------------------
+
+# Without --data: the toy corpus, and a model that learns it in two minutes on two cores.
+TOY = (
+    "--layers 6 --dim 128 --heads 4 --seconds 1.92 --steps 240 --lr 2e-3 --teacher MFCC --units 64 "
+    "--probe-steps 90 --probe-every 15 --eval-every 40"
+)
+PREPARATION = (
+    "teacher teacher_layer units_teacher codebooks units".split()
+)  # settings it depends on
+
+
+def add_flags(parser, names):
+    """Config's fields as flags; those not given stay out of the result."""
+    for f in dataclasses.fields(Config):
+        if f.name in names:
+            kind = {"type": type(f.default)}
+            if f.name == "data":
+                kind = {"nargs": "+"}
+            elif f.default is False:
+                kind = {"action": "store_true"}
+            default = f" (default: {f.default})" if f.default else ""
+            how = {**kind, **f.metadata, "help": f.metadata["help"] + default}
+            parser.add_argument("--" + f.name.replace("_", "-"), **how)
+
+
+def parse(arguments):
+    """-> the flags given, by name."""
+    text = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(description=text, argument_default=argparse.SUPPRESS)
+    add_flags(parser, [f.name for f in dataclasses.fields(Config)])
+    other = parser.add_argument_group("instead of training").add_argument
+    other("--sample", metavar="CKPT", help="sound --input again from its tokens, into --output")
+    other("--input", metavar="FILE")
+    other("--output", metavar="FILE.wav")
+    other("--prompt", metavar="FILE", help="whose voice (default: the input's first seconds)")
+    other("--domain", help="default: the checkpoint's first")
+    other("--nfe", type=int, help="Euler steps (default: 32)")
+    other(
+        "--guidance", type=float, help="default: 3; 1, which is off, suits a short training better"
     )
-    after = (
-        torch.arange(n * FRAMES, device=device)[:, None] >= p * FRAMES
-    )  # the prefix is p blocks of n
-    real = lambda cond: (
-        torch.ones(cond.ref.shape[0], n - p, dtype=torch.bool, device=device)
-        if cond.mask is None
-        else cond.mask[:, p:]
-    )
-    pick = lambda x, cond: x.unflatten(0, (-1, n, TEACHER_FRAMES))[:, p:][
-        real(cond)
-    ]  # [B x n x 8, ...] -> [rows, 8, ...]
+    other("--sway", type=float, help="default: -1")
+    other("--vocoder", choices=("griffinlim", "vocos"), help="default: griffinlim")
+    other("--evaluate", metavar="CKPT", help="metrics on held-out audio")
+    other("--figures", nargs="+", metavar="RUN", help="draw a run, or compare several in a table")
+    return vars(parser.parse_args(arguments))
 
-    def hear(
-        mel, cond
-    ):  # through the same vocoder -> teacher's rows and units of the real blocks after the prefix
-        wave = torch.cat(
-            [mel_to_wave(x) for x in (mel * meta["mel_std"] + meta["mel_mean"]).split(16)]
-        ).flatten()  # clip after clip
-        features = listen(teacher, wave := resample(wave, RATE, TEACHER_RATE))
-        units = assign(
-            features if listener is teacher else listen(listener, wave),
-            meta["centroids"][:, : listener.dim].to(device),
-        )
-        return pick(features, cond).mean(1).cpu().double().numpy(), pick(units, cond)
 
-    for d, (name, meta) in enumerate(zip(state["names"], state["domains"])):
-        (teacher, listener), dim, ends = teachers(meta, named, device), meta["dim"], data[d].offsets
-        clips = max(
-            1, min(max(64, 3 * dim // max(1, n - p)), int(ends[-1] - ends[data[d].train]) // n)
-        )
-        held, other = (
-            make_batch(
-                data, dataclasses.replace(config, seed=0), clips, step, domains=[d], device=device
+def call(program, *arguments):
+    """Runs a program beside this file; its progress is seen -> its last line of standard output."""
+    path = Path(__file__).with_name(program)
+    if not path.exists():
+        raise ValueError(f"{path} is missing; --data takes folders that it has prepared")
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"}
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "env": env}
+    done = subprocess.run([sys.executable, path, *arguments], stdout=subprocess.PIPE, **how)
+    if done.returncode:
+        sys.exit(done.returncode)  # it said why
+    return done.stdout.splitlines()[-1]
+
+
+def prepared_folder(folder, config, given):
+    """The prepared folder for an entry of --data; audio is prepared by data_prep.py, once."""
+    if (Path(folder) / "mel.npy").exists():
+        meta = BlockDataset(folder).meta
+        for k in PREPARATION:
+            if k in given and given[k] != meta[k]:
+                was = f"{folder} was prepared with {meta[k]}; prepare the audio again"
+                raise ValueError(f"{named(k, given[k])}: {was}")
+        return str(folder)
+    arguments = [folder, "--cache", config.cache, "--device", config.device]
+    for k in PREPARATION:
+        arguments += [f"--{k.replace('_', '-')}", str(getattr(config, k))]
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1  # processes that would all prepare
+    return call("data_prep.py", *arguments, *(["--find"] if many else []))
+
+
+def lock(path):
+    """Holds a file open for this process alone, until it ends. Raises ValueError where another
+    does. On Windows, which has no fcntl, nothing is locked."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(f"{path.parent} is in use by process {file.read()}") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+
+
+def resumed(given):
+    """--resume: the stored settings with the flags given, and the newest whole checkpoint."""
+    out = Path(given.get("out", ""))
+    if "out" not in given or not (out / "config.json").exists():
+        raise ValueError(f"--resume: no run in --out {given.get('out', '')!r}")
+    try:
+        stored = json.loads((out / "config.json").read_text())
+        config = Config(**{**stored, **given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{out / 'config.json'}: not a run's settings ({error})") from None
+    free = "data device dtype compile eval_every save_every resume cache out".split()
+    for k in given.keys() & stored.keys() - set(free):
+        if given[k] != stored[k]:
+            was = f"{out} was run with {named(k, stored[k])}"
+            raise ValueError(f"--resume: {was}, not {given[k]}")
+    found = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+    for path in found:
+        try:
+            state = load_checkpoint(path)
+            print(f"going on from {path}, step {state['step']}")
+            return config, stored["data"], state
+        except ValueError as error:
+            print(error, file=sys.stderr)
+    if found:
+        raise ValueError("--resume: no whole checkpoint is left; another --out starts anew")
+    return config, stored["data"], None
+
+
+def new_folder(config, names):
+    """--out, or the next free runs/<data>-<number>, made."""
+    out = Path(config.out)
+    if not config.out:
+        for i in itertools.count(1):
+            out = Path("runs", f"{'+'.join(names)}-{i}")
+            with contextlib.suppress(FileExistsError):
+                out.mkdir(parents=True)
+                return str(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(path.name != ".lock" for path in out.iterdir()):
+        raise ValueError(f"--out {out}: not empty; --resume goes on with a run, or choose another")
+    return str(out)
+
+
+def run_training(given):
+    stray = set(given) - {f.name for f in dataclasses.fields(Config)}
+    if stray:
+        raise ValueError(f"--{min(stray)} goes with --sample CKPT")
+    before = state = None
+    if "resume" in given:
+        config, before, state = resumed(given)
+    else:
+        if "data" not in given:
+            print("toy corpus; a small model:", TOY, flush=True)
+            given = {**parse(TOY.split()), **given}
+        config = Config(**given)
+    check(config)
+    rank, world, device, _ = launch(config)
+    if not config.data:
+        toy = call("data_prep.py", "--toy", str(Path(config.cache) / "toy-audio"))
+        config.data = [f"{toy}/toy-speech", f"{toy}/toy-sounds"]
+    config.data = [prepared_folder(folder, config, given) for folder in config.data]
+    if before and config.data != list(before):
+        raise ValueError(f"--resume: {config.out} was run with --data {' '.join(before)}")
+    metas = [BlockDataset(folder).meta for folder in config.data]
+    if len({m["codebooks"] for m in metas}) > 1:
+        raise ValueError("--data: the domains differ in their codebooks; prepare them alike")
+    if rank == 0:
+        config.out = config.out if before else new_folder(config, [m["name"] for m in metas])
+        held = lock(Path(config.out) / ".lock")
+        for m in metas:
+            print(
+                f"domain {m['name']}: {m['hours']:.2f} h, teacher {m['teacher']}, {m['units']} units"
             )
-            for step in (None, 0)
-        )
-        if (rows := int(real(held.cond).sum())) <= dim:
-            raise ValueError(
-                f"{name}: {rows} held-out blocks give no covariance of {dim} features; hold out more audio"
-            )
-        print(f"{name}: {clips} held-out clips", flush=True)
-        x_t, u = flow_path(held.x0, held.x1, held.t)
-        fm = flow_matching_loss(model(x_t, held.t, held.cond), u, held.scored).mean().item()
-        began = time.time()
-        with amp():
-            made = sample(model, held.cond._replace(ref=torch.where(after, 0, held.x1)), held.x0)
-        factor = (time.time() - began) / (clips * n * BLOCK)
-        (truth, units), (fake, heard) = (
-            hear(held.x1, held.cond),
-            hear(torch.where(after, made, held.x1), held.cond),
-        )
-        stored, error = (
-            pick(held.cond.tokens[:, :: meta["codebooks"]].flatten(), held.cond),
-            lambda x: (x != units).float().mean().item(),
-        )
-        found[name] = dict(
-            clips=clips,
-            rows=rows,
-            flow_matching_loss=fm,
-            frechet=frechet(fake, truth),
-            frechet_floor=frechet(hear(other.x1, other.cond)[0], truth),
-            unit_error=error(heard),
-            unit_error_floor=error(stored),
-            real_time_factor=factor,
-        )
-    write_text(Path(path).parent / "metrics.json", json.dumps(found, indent=1))
-    return found
+        phase1 = f"phase I to step {config.phase1}, a probe every {config.every}"
+        size = f"{config.layers} layers of width {config.dim} on {world} x {device.type}"
+        print(f"{size}; {phase1}; run folder {config.out}", flush=True)
+    train(config, state)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank == 0:
+        finish(Path(config.out), given)
+        del held
 
 
-def figures(*folders):
-    """PNGs of a run from its tables and sounds, into its folder; of several, one that compares them. -> paths"""
-    return importlib.import_module("data_prep").figures(*folders)
+def run(given):
+    if "sample" in given:
+        sample_file(given)
+    elif "evaluate" in given:
+        for name, row in evaluate(given["evaluate"], given).items():
+            print(name, *(f"  {k:24} {v:.5g}" for k, v in row.items()), sep="\n")
+    elif "figures" in given and len(given["figures"]) > 1:
+        compare(given["figures"])
+    elif "figures" in given:
+        print(*figures(given["figures"][0]), sep="\n")
+    else:
+        run_training(given)
 
 
-# ---- 13. Command line ------------------------------------------------------------------------------------------------
+def guarded(work, *arguments):
+    """Runs a program: an error is a line and exit code 2, Ctrl-C or SIGTERM a line and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return work(*arguments)
+    except ImportError as error:
+        print(f"{sys.argv[0]}: {error}; pip install {error.name}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped; the same command goes on from here'}", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(2)
 
 
 def main():
-    import data_prep
-
-    given = data_prep.command_line(__doc__.splitlines()[0])
-    try:
-        rank, _, device, _ = launch(Config(device=given.get("device", "auto")))
-        if "sample" in given:
-            data_prep.resound(given["sample"], given, device)
-        elif "evaluate" in given:
-            for name, row in evaluate(given["evaluate"], given.values(), device).items():
-                print(name, *(f"  {k:20} {v:.5g}" for k, v in row.items()), sep="\n")
-        elif "probe" in given:
-            data_prep.probe_again(given["probe"], device)
-        elif "figures" in given:
-            print(*figures(*given["figures"]), sep="\n")
-        else:
-            config, resume = data_prep.settings(given)
-            train(config, resume)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            if rank == 0:
-                data_prep.finish(Path(config.out), device)
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"agrepa.py: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(
-            print("\nstopped; --out RUN --resume goes on from its last checkpoint", file=sys.stderr)
-            or 130
-        )
+    guarded(run, parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":
