@@ -83,6 +83,10 @@ def flow_matching_loss(v, u, mask=None):
     error = (v.float() - u).square()
     if mask is None:
         return error.flatten(1).mean(1)
+    if mask.shape != error.shape[:-1]:
+        raise ValueError(
+            f"mask {list(mask.shape)} for v {list(v.shape)}: need [B, T] and [B, T, M]"
+        )
     return (error.mean(-1) * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -339,7 +343,9 @@ def pool(h, mask=None):
     h = h.float()
     if mask is None:
         return h.mean(-2)
-    return h.masked_fill(~mask[..., None], 0).sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return h.masked_fill(~mask.bool()[..., None], 0).sum(-2) / mask.sum(-1, keepdim=True).clamp(
+        min=1
+    )
 
 
 class BiTC(nn.Module):
@@ -413,8 +419,8 @@ def matching_inputs(args, kwargs, output):
         if len(found) == 1:
             return inputs.pop(found[0]).to(x.dtype)
         raise ValueError(
-            f"returns a tensor of shape {list(x.shape)} and takes {len(found)} such inputs: say what "
-            "it returns when closed, skip=lambda args, kwargs, output: ..."
+            f"returns a tensor of shape {list(x.shape)} and takes {len(found)} of it: say what it "
+            "returns when closed, skip=lambda args, kwargs, output: ..."
         )
 
     for x in tree_leaves(output):
@@ -425,70 +431,77 @@ def matching_inputs(args, kwargs, output):
     return tree_map_only(torch.Tensor, match, output)
 
 
+def shapes(tree):
+    return [list(x.shape) for x in tensors(tree)]
+
+
 class Gates:
     """Answers for the blocks' forward. In the pass "open" it keeps what each takes and returns. In
-    "again" all hand that on, one of each kind computes, and nothing may differ. In "odd" and "even"
-    every other one hands on zeros. In a block's own pass those below hand on, and it skips itself."""
+    "again" all hand that on, two of each kind compute, and nothing may differ. In a block's own
+    pass those below hand on, it skips itself, and those above compute."""
 
     def __init__(self, blocks, skip):
         self.blocks, self.skip, self.calls = list(blocks), skip, []
         if not self.blocks:
             raise ValueError("fog_a: there are no blocks to close")
         for k, block in enumerate(self.blocks):
-            if not isinstance(block, nn.Module) or isinstance(
-                block, (nn.ModuleList, nn.ModuleDict)
-            ):
-                kind = type(block).__name__
+            kind, containers = type(block).__name__, (nn.ModuleList, nn.ModuleDict)
+            if not isinstance(block, nn.Module) or isinstance(block, containers):
                 raise ValueError(f"fog_a: block {k + 1} is a {kind}, not a module that is called")
             if block in self.blocks[:k]:
                 self.refuse(block, f"and block {k + 1} are the same module")
-        self.samples = {type(b): b for b in self.blocks}.values()
+        kinds = {type(b): b for b in self.blocks}, {type(b): b for b in reversed(self.blocks)}
+        self.samples = {block for kind in kinds for block in kind.values()}
 
     def refuse(self, block, why):
         raise ValueError(f"fog_a: block {self.blocks.index(block) + 1} {why}")
 
     def forward(self, block, compute, *args, **kwargs):
         if self.now == "open":
-            given = copied((args, kwargs))
-            output = compute(*args, **kwargs)
-            if differ(given, (args, kwargs), 0):
-                self.refuse(block, "writes into its own input; let it return a new tensor")
-            self.calls.append((block, given, copied(output)))
-            return output
+            return self.keep(block, compute, args, kwargs)
         if self.at == len(self.calls) or self.calls[self.at][0] is not block:
             self.refuse(block, "ran out of turn: blocks must run in one order, none inside another")
         _, given, kept = self.calls[self.at]
         self.at += 1
+        if self.now is block:
+            self.closed = True
+            return self.hand_on(block, args, kwargs, kept)
+        if self.closed:
+            return compute(*args, **kwargs)
         if self.now == "again":
             output = compute(*args, **kwargs) if block in self.samples else kept
             if differ((given, kept), ((args, kwargs), output)):
                 self.refuse(block, UNREPEATABLE)
-        elif self.now in ("odd", "even"):
-            return self.zero(block, args, kwargs, kept)
-        elif self.now is block:
-            self.closed = True
-            return self.hand_on(block, args, kwargs, kept)
-        elif self.closed:
-            return compute(*args, **kwargs)
         return copied(kept)
+
+    def keep(self, block, compute, args, kwargs):
+        given = copied((args, kwargs))
+        output = compute(*args, **kwargs)
+        if differ(given, (args, kwargs), 0):
+            self.refuse(block, "writes into its own input; let it return a new tensor")
+        closed, calls = tensors(self.hand_on(block, args, kwargs, output)), self.calls
+        starts = not calls or (block is calls[0][0] and block is not calls[-1][0])  # over again
+        if self.skip is matching_inputs and not starts:
+            below = tensors(calls[-1][2])
+            if any(all(differ(x, y, 0.01) for y in below) for x in closed):
+                self.refuse(
+                    block,
+                    "takes something else than the block before returned. Where the caller changes the "
+                    "hidden state between blocks, say what a closed one returns: skip=lambda args, "
+                    "kwargs, output: args[0]; or 0 * output where it adds a block's f(h) to h itself",
+                )
+        self.calls.append((block, given, copied(output)))
+        return output
 
     def hand_on(self, block, args, kwargs, kept):
+        """What the block returns when closed."""
         try:
-            return copied(self.skip(args, kwargs, copied(kept)))
-        except ValueError as error:
-            self.refuse(block, error)
-
-    def zero(self, block, args, kwargs, kept):
-        """Where the caller adds h to what a block returns, zeros leave the next one's input as h."""
-        hidden = tensors(self.hand_on(block, args, kwargs, kept))
-        if self.at % 2 == (self.now == "odd"):
-            self.below = block, hidden
-            return tree_map_only(torch.Tensor, torch.zeros_like, kept)
-        below, h = self.below
-        if below is not block and all(map(torch.equal, h, hidden)) and any(x.any() for x in h):
-            why = "returns f(h) and leaves the sum to its caller: pass skip=lambda args, kwargs, output"
-            self.refuse(below, f"{why}: 0 * output")
-        return copied(kept)
+            closed = copied(self.skip(args, kwargs, copied(kept)))
+        except (ValueError, LookupError, TypeError) as error:
+            self.refuse(block, f"{error} (its inputs: {shapes(args)}, {list(kwargs)})")
+        if shapes(closed) != shapes(kept):
+            self.refuse(block, f"returns {shapes(kept)}, but when closed {shapes(closed)}")
+        return closed
 
 
 UNREPEATABLE = (
@@ -502,15 +515,15 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
     """Eqs. 8, 9 for any residual network: scores [L, B]; their mean over B is FoG-A.
 
     velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, each of which returns its own
-    sum h + f(h). skip(args, kwargs, output) says what a closed block returns; it is needed only
-    where shapes can't tell which input is the hidden state. Modules run in eval mode, and each pass
-    sees the same random numbers. Raises ValueError, with the block's number, where scores would
-    mean nothing.
+    sum h + f(h) to be the next one's input. skip(args, kwargs, output) says what a closed block
+    returns, where that is not so or where shapes can't tell which input is the hidden state.
+    Modules run in eval mode, and each pass sees the same random numbers. Raises ValueError, with
+    the block's number, where a score would mean nothing.
     """
     gates = Gates(blocks, skip or matching_inputs)
 
     def run(now):
-        gates.now, gates.at, gates.closed, gates.below = now, 0, False, (None, [])
+        gates.now, gates.at, gates.closed = now, 0, False
         random.seed(0)
         torch.manual_seed(0)
         v = velocity(*copied(inputs))
@@ -524,11 +537,18 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
         undo.enter_context(torch.random.fork_rng(range(torch.accelerator.device_count())))
         undo.callback(random.setstate, random.getstate())
         undo.enter_context(torch.compiler.set_stance("force_eager"))  # so that gates are seen
-        root = getattr(velocity, "__self__", velocity)  # of a bound method
-        roots = [m for m in (root, *gates.blocks) if isinstance(m, nn.Module)]
-        for module in {m for root in roots for m in root.modules()}:
+
+        def eval_mode(module, args=()):
+            if not module.training:
+                return
             undo.callback(setattr, module, "training", module.training)
             module.training = False
+
+        root = getattr(velocity, "__self__", velocity)  # of a bound method
+        for module in root.modules() if isinstance(root, nn.Module) else ():
+            eval_mode(module)
+        hook = nn.modules.module.register_module_forward_pre_hook(eval_mode)  # in a function, too
+        undo.callback(hook.remove)
         for block in gates.blocks:
             own = vars(block)
             before = {"forward": own["forward"]} if "forward" in own else {}
@@ -541,8 +561,6 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
                 gates.refuse(block, "never ran in velocity()")
         if differ(v, run("again")):
             raise ValueError(f"fog_a: velocity() {UNREPEATABLE}")
-        for parity in ("odd", "even") if skip is None else ():
-            run(parity)
         # From the top down: what a block leaves in an attribute is then the open pass's.
         order = reversed(dict.fromkeys(block for block, *_ in gates.calls))
         scores = {block: relative_change(v, run(block), eps) for block in order}
@@ -596,8 +614,8 @@ def capture(blocks, layers, output=None):
         except (LookupError, TypeError) as error:
             raise ValueError(f"capture: output={output} of block {k}: {error}") from None
         if not torch.is_tensor(x):
-            kind = type(x).__name__
-            raise ValueError(f"capture: block {k} returns a {kind}; say which tensor, as output=0")
+            found = [list(y.shape) for y in tree_leaves(x) if torch.is_tensor(y)]
+            raise ValueError(f"capture: block {k} returns {found}; say which tensor, as output=1")
         hidden[k] = x.clone()  # whatever its caller then writes into x
 
     for k in layers:
@@ -650,6 +668,9 @@ def agrepa_loss(hidden, heads, T_x, lam, mask=None):
     real = None if mask is None else stretches.any(-1)  # [B, n]
     loss = torch.zeros(B, device=T_x.device)
     for k in lam:
+        if hidden[k].dim() != 3 or (mask is not None and mask.shape != hidden[k].shape[:2]):
+            found = f"{list(hidden[k].shape)}, mask {None if mask is None else list(mask.shape)}"
+            raise ValueError(f"agrepa_loss: layer {k} is {found}, not [B, T, D] and [B, T]")
         z = heads[str(k)](pool(hidden[k].unflatten(1, (n, -1)), stretches))
         far = 1 - F.cosine_similarity(z.float(), T_x, dim=-1)  # [B, n]
         loss = loss + lam[k] * pool(far[..., None], real)[:, 0]
@@ -797,6 +818,11 @@ class BlockDataset:
             "real": real,
         }
 
+    def random_clip(self, u, start, n, noise):
+        """The clip that begins at the share `start` in [0, 1) of where one may, with its x0."""
+        clip = self.clip(u, int(start * max(1, self.blocks[u] - n + 1)), n)
+        return {**clip, "x0": noise.standard_normal(clip["x1"].shape, dtype=np.float32)}
+
 
 class Batch(NamedTuple):
     """b clips of each domain, domain after domain, B in all."""
@@ -828,9 +854,7 @@ def training_batch(data, config, step, rank=0, world=1, device="cpu"):
             _, where, start, t, ref, length = draws[i]
             # A random block's utterance: long ones come more often.
             u = np.searchsorted(domain.ends, int(where * domain.ends[-1]), side="right")
-            clip = domain.clip(u, int(start * max(1, domain.blocks[u] - n + 1)), n)
-            noise = stream(NOISE, config.seed, d, step, i)
-            clip["x0"] = noise.standard_normal(clip["x1"].shape, dtype=np.float32)
+            clip = domain.random_clip(u, start, n, stream(NOISE, config.seed, d, step, i))
             clip["t"], clip["domain"], clip["keep"] = np.float32(t), d, keep[i]
             clip["kept"] = np.float32(world * keep[i] / max(1, keep.sum()))
             clip["prefix"] = int(length * 0.3 * clip["real"] * FRAMES) if ref >= 0.1 else 0
@@ -847,9 +871,7 @@ def held_out_batch(data, config, b, only=None, device="cpu"):
         for i in range(b):
             start, length = stream(HELD_OUT, 0, d, 0, i).random(2)
             u = held[i * len(held) // b]
-            clip = data[d].clip(u, int(start * max(1, data[d].blocks[u] - n + 1)), n)
-            noise = stream(HELD_OUT_NOISE, 0, d, 0, i)
-            clip["x0"] = noise.standard_normal(clip["x1"].shape, dtype=np.float32)
+            clip = data[d].random_clip(u, start, n, stream(HELD_OUT_NOISE, 0, d, 0, i))
             clip["t"], clip["domain"] = np.float32((0.5 + i * 0.618034) % 1), d  # golden ratio
             clip["keep"], clip["kept"] = True, np.float32(1 / b)
             clip["prefix"] = int(length * 0.3 * clip["real"] * FRAMES)
@@ -1080,11 +1102,10 @@ def choose(config, probes, d):
 
 def report(config, name, lam, scores, probes, d):
     """Prints what a domain's layers store and contribute, which are chosen, and how surely."""
-    print(f"\n{name}: mean of the probes from step {config.phase1 // 2} to {probes[-1]['step']}")
+    print(f"\n{name}: mean of the probes after step {config.phase1 // 2}, to {probes[-1]['step']}")
     print("layer   FoG-A    LASP  grad norm  lambda")
-    for k, row in enumerate(
-        zip(scores["foga"], scores["lasp"], scores["gradnorm"], strict=True), 1
-    ):
+    columns = scores["foga"], scores["lasp"], scores["gradnorm"]
+    for k, row in enumerate(zip(*columns, strict=True), 1):
         chosen = f"  {lam[k]:6.3f}  chosen" if k in lam else ""
         print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + chosen)
     if config.select != "foga":
@@ -1165,9 +1186,8 @@ class Run:
         groups = [*parameter_groups(self.model), *parameter_groups(self.bitc)]
         self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.step, self.seconds, self.layers, self.probes, self.log = 0, 0.0, [], [], []
-        self.sums = torch.zeros(
-            5, device=device
-        )  # of loss, fm, bitc, align, steps; since a log line
+        # Since the last line of the log: the sums of loss, fm, bitc, align, and how many steps.
+        self.sums = torch.zeros(5, device=device)
         self.began, self.line = time.time(), (time.time(), 0)
 
     def choose(self, rank):
@@ -1195,9 +1215,8 @@ class Run:
 
     def learning_rate(self):
         rise = (self.step + 1) / max(1, self.config.phase1 // 3)
-        return self.config.lr * min(
-            rise, 0.5 + 0.5 * math.cos(math.pi * self.step / self.config.steps)
-        )
+        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.config.steps)
+        return self.config.lr * min(rise, fall)
 
     def update(self, world, *terms):
         """One step of AdamW; a gradient that isn't finite changes nothing. terms: for the log."""
@@ -1242,9 +1261,19 @@ class Run:
         left = datetime.timedelta(seconds=int(pace * (self.config.steps - self.step)))
         row = dict(zip(LOG, self.log[-1], strict=True))
         shown = "step fm bitc align val_fm lr frames_per_s".split()
-        print(*(f"{k} {row[k] or '-':>7} " for k in shown), f"{left} left", flush=True)
+        print(
+            *(f"{k} {row[k] or '-':>7} " for k in shown),
+            f"{left} left" if count else "",
+            flush=True,
+        )
         self.line = now, self.step
         self.sums.zero_()
+
+    def probe(self, clips):
+        """clips: a batch of each domain's."""
+        pairs = zip(self.bitc, clips, strict=True)
+        found = [probe(self.model, head, batch) for head, batch in pairs]
+        self.probes.append({"step": self.step, "domains": found})
 
     def write_probes(self):
         rows = []
@@ -1267,7 +1296,8 @@ class Run:
         try:
             torch.save(state, part)
         except RuntimeError as error:  # a full disk
-            raise OSError(f"{part} can't be written: {str(error).splitlines()[0]}") from None
+            why = str(error).splitlines()[0]
+            raise OSError(f"{part} can't be written, is the disk full? ({why})") from None
         if last.exists():
             last.replace(self.out / "previous.pt")
         part.replace(last)
@@ -1281,6 +1311,18 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         self.sums.copy_(state["sums"])
         self.line = time.time(), self.step
+
+
+@contextlib.contextmanager
+def interruptible():
+    """-> a list that Ctrl-C and SIGTERM fill: whoever looks into it can end a step first."""
+    stop, signals = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(s, lambda *_: stop.append(1)) for s in signals]
+    try:
+        yield stop
+    finally:
+        for s, handler in zip(signals, before, strict=True):
+            signal.signal(s, handler)
 
 
 def train(config, state=None):
@@ -1302,39 +1344,35 @@ def train(config, state=None):
         write_text(run.out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         run.write_log(held_out, frames, autocast)
 
-    stop = []  # Ctrl-C and SIGTERM wait for the end of a step
-    before = {
-        s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)
-    }
-    while run.step < config.steps and not stop:
-        batch, aligning = next(batches), not 0 < config.align_until <= run.step
-        torch.manual_seed(hash((config.seed, run.step, rank)) % 2**32)  # dropout's
+    with interruptible() as stop:
+        while run.step < config.steps and not stop:
+            batch, aligning = next(batches), not 0 < config.align_until <= run.step
+            torch.manual_seed(hash((config.seed, run.step, rank)) % 2**32)  # dropout's
 
-        # Phase I, without heads: L_FM + lambda_BiT L_BiT. Phase II: Eq. 12.
-        heads = run.heads if aligning else []
-        with autocast():
-            fm, bit, align = losses(run.model, run.bitc, heads, run.layers, batch, config)
-            loss = fm + config.bit_weight * bit + config.align_weight * align
-        loss.backward()
-        run.update(world, loss, fm, bit, align)
+            # Phase I, without heads: L_FM + lambda_BiT L_BiT. Phase II: Eq. 12.
+            heads = run.heads if aligning else []
+            with autocast():
+                fm, bit, align = losses(run.model, run.bitc, heads, run.layers, batch, config)
+                loss = fm + config.bit_weight * bit + config.align_weight * align
+            loss.backward()
+            run.update(world, loss, fm, bit, align)
 
-        # Phase I probes now and then, and ends with the choice of layers.
-        ends, last = run.step == config.phase1, run.step == config.steps
-        if run.step <= config.phase1 and (run.step % config.every == 0 or ends):
-            found = [probe(run.model, run.bitc[d], x) for d, x in enumerate(probed)]
-            run.probes.append({"step": run.step, "domains": found})
-            if rank == 0:
-                run.write_probes()
-        if ends:
-            run.choose(rank)
+            # Phase I probes now and then, and ends with the choice of layers.
+            ends, last = run.step == config.phase1, run.step == config.steps
+            if run.step <= config.phase1 and (run.step % config.every == 0 or ends):
+                run.probe(probed)
+                if rank == 0:
+                    run.write_probes()
+            if ends:
+                run.choose(rank)
 
-        if rank == 0 and (run.step % config.eval_every == 0 or ends or last):
-            run.write_log(held_out, frames, autocast)
-        if rank == 0 and (run.step % config.save_every == 0 or ends or last or stop):
+            if rank == 0 and (run.step % config.eval_every == 0 or ends or last):
+                run.write_log(held_out, frames, autocast)
+            if rank == 0 and (run.step % config.save_every == 0 or ends or last):
+                run.save()
+        if stop and rank == 0:
             run.save()
     batches.close()
-    for s, handler in before.items():
-        signal.signal(s, handler)
     if run.step < config.steps:
         again = f"python agrepa.py --out {config.out} --resume goes on"
         raise KeyboardInterrupt(f"stopped at step {run.step}; {again}")

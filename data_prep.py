@@ -57,7 +57,7 @@ class Progress:
             self.said = now
             left = (self.total - self.done) * (now - self.began) / max(self.done, 1e-9)
             left = datetime.timedelta(seconds=int(left))
-            say(f"  {self.done:.5g} of {self.total:.5g} {self.unit}, {left} left")
+            say(f"  {self.done:,.2f} of {self.total:,.2f} {self.unit}, {left} left")
 
 
 # ---- which audio ---------------------------------------------------------------------------------
@@ -67,6 +67,7 @@ def list_audio(folder):
     """-> [(path relative to folder, bytes, time of change)], sorted, and what can't be listed.
     Links are followed, once."""
     found, seen, skipped = [], set(), []
+    say(f"looking through {folder}")
 
     def unreadable(error):
         skipped.append({"path": os.path.relpath(error.filename, folder), "reason": error.strerror})
@@ -92,9 +93,9 @@ def scan(folder, files):
     """Reads the headers -> {path: blocks} of the usable files, and why the others aren't."""
     import soundfile
 
-    usable, skipped, progress = {}, [], Progress(len(files), "headers read")
+    usable, skipped, progress = {}, [], Progress(len(files) / 1000, "thousand headers read")
     for path, *_ in files:
-        progress.add(1)
+        progress.add(0.001)
         try:
             info = soundfile.info(os.fsencode(os.path.join(folder, path)))
             blocks = int(info.frames / info.samplerate / BLOCK + 1e-6)

@@ -53,6 +53,7 @@ OWN = torch.Generator()
 def seed():
     torch.manual_seed(0)
     OWN.manual_seed(0)
+    np.random.seed(0)
 
 
 # ---- what the tests stand on ---------------------------------------------------------------------
@@ -285,7 +286,7 @@ def test_fog_a_takes_any_output_whose_shapes_tell(give):
 
 
 UNCLEAR = {
-    "takes 2 such inputs": lambda h, c: (h, c),
+    "takes 2 of it": lambda h, c: (h, c),
     r"\[2, 5, 3\] and takes 0": lambda h, c: h[..., :3],
     "returns a str": lambda h, c: (h, "text"),
     "returns a object": lambda h, c: (h, object()),
@@ -320,7 +321,7 @@ def test_fog_a_takes_two_streams_of_one_length_with_skip():
 def test_fog_a_refuses_residuals_added_by_the_caller_but_for_skip(gate):
     blocks, h = three(lambda: nn.Linear(4, 4)), state()
     velocity = chain(blocks, lambda block, h: h + gate * block(h))
-    with pytest.raises(ValueError, match="fog_a: block 1 .*0 [*] output"):
+    with pytest.raises(ValueError, match="fog_a: block 2 takes something else .*0 [*] output"):
         fog_a(velocity, blocks, h)
     assert_right(velocity, blocks, h, skip=lambda args, kwargs, output: 0 * output)
 
@@ -332,9 +333,11 @@ def test_fog_a_takes_glue_that_writes_in_place_but_no_block_that_does():
             return h
 
     blocks, h = three(), state()
-    before = h.clone()
-    assert_right(chain(blocks, lambda block, h: block(h).add_(1)), blocks, h)
-    assert torch.equal(h, before)  # a closed block returns no alias either
+    glue = chain(blocks, lambda block, h: block(h).add_(1))
+    with pytest.raises(ValueError, match="fog_a: block 2 takes something else"):
+        fog_a(glue, blocks, h)
+    # What a closed block returns is no alias of h.
+    assert_right(lambda h: glue(h) + h, blocks, h, skip=lambda args, kwargs, output: args[0])
     blocks[1] = Writes()
     with pytest.raises(ValueError, match="fog_a: block 2 writes into its own input"):
         fog_a(chain(blocks), blocks, h)
@@ -378,7 +381,7 @@ def test_fog_a_refuses_lists_of_blocks_that_mean_nothing():
         ([a, nn.ModuleList([b])], chain([a, b]), "block 2 is a ModuleList"),
         ([a, nn.ModuleDict({"b": b})], chain([a, b]), "block 2 is a ModuleDict"),
         ([a, b], a, "block 2 never ran"),
-        ([outer, a], chain([outer, b]), "block 1 ran out of turn"),
+        ([outer, a], chain([outer, b]), "block 1 takes something else"),
         ([a, b], lambda h: a(b(h)) if next(turns) == "a" else b(a(h)), "block 1 ran out of turn"),
         ([a], lambda h: (a(h), h), r"velocity\(\) returns a tuple"),
     ):
@@ -386,12 +389,53 @@ def test_fog_a_refuses_lists_of_blocks_that_mean_nothing():
             fog_a(velocity, blocks, state())
 
 
+def test_fog_a_refuses_branches_in_place_of_blocks():
+    """Attention or feed-forward modules alone, each with a norm before it: plausible, meaningless."""
+    norms, branches, h = (
+        [nn.LayerNorm(4) for _ in range(3)],
+        three(lambda: nn.Linear(4, 4)),
+        state(),
+    )
+    for norm in norms:
+        nn.init.normal_(norm.weight)  # as if it had trained
+
+    def velocity(h):
+        for norm, f in zip(norms, branches, strict=True):
+            h = h + f(norm(h))
+        return h
+
+    with pytest.raises(ValueError, match="fog_a: block 2 takes something else"):
+        fog_a(velocity, branches, h)
+    assert_right(velocity, branches, h, skip=lambda args, kwargs, output: 0 * output)
+
+
+def test_fog_a_refuses_a_skip_of_another_shape_or_that_fails():
+    blocks, h = three(), state()
+    for skip, why in (
+        (lambda args, kwargs, output: output[0], r"returns \[\[2, 5, 4\]\], but when closed"),
+        (lambda args, kwargs, output: args[1], "tuple index out of range"),
+        (lambda args, kwargs, output: kwargs["h"], "'h'"),
+    ):
+        with pytest.raises(ValueError, match=f"fog_a: block 1 {why}"):
+            fog_a(chain(blocks), blocks, h, skip=skip)
+
+
+def test_losses_refuse_masks_and_states_of_another_shape():
+    v, heads = torch.randn(2, 5, 4), AlignmentHeads([1], 4, 3)
+    with pytest.raises(ValueError, match="mask .2, 1, 5. for v .2, 5, 4."):
+        flow_matching_loss(v, v, torch.ones(2, 1, 5))
+    for h, mask in ((v, torch.ones(2, 1, 5)), (v[:, None], None), (v, torch.ones(2, 4))):
+        with pytest.raises(ValueError, match="agrepa_loss: layer 1 is"):
+            agrepa_loss({1: h}, heads, torch.randn(2, 3), {1: 1.0}, mask)
+
+
 def test_fog_a_runs_a_module_in_eval_mode_and_leaves_its_buffers_alone():
     net, h = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), Block(), Block()), state()
     net(h)
     before = copy.deepcopy(dict(net.named_buffers()))
     scores = fog_a(net.train(), net[2:], h)
-    assert torch.equal(scores, fog_a(net.forward, net[2:], h))  # so does a bound method's
+    for velocity in (net.forward, lambda h: net(h)):  # a bound method's, a function's, too
+        assert torch.equal(scores, fog_a(velocity, net[2:], h))
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     assert_close(scores, by_hand(net.eval(), net[2:], h))
 
@@ -417,12 +461,12 @@ def test_random_numbers_outside_the_blocks_cancel_and_others_are_refused(source,
         return c(h + draw["between"]()) + draw["after"]()
 
     if place != "inside" and source in ("torch", "python"):
-        scores = fog_a(velocity, blocks, state())
+        scores = fog_a(velocity, blocks, state(), skip=lambda args, kwargs, output: args[0])
         assert not scores[1].any() and scores[[0, 2]].min() > 1e-3
     else:
-        who = {"before": "block 1", "after": "velocity.."}.get(place, "block 3")
+        who = {"after": "velocity..", "between": "block 3"}.get(place, "block [13]")
         with pytest.raises(ValueError, match=f"fog_a: {who} gives other numbers .*numpy"):
-            fog_a(velocity, blocks, state())
+            fog_a(velocity, blocks, state(), skip=lambda args, kwargs, output: args[0])
 
 
 WRAPS = ["compiled blocks", "compiled model", "bfloat16", "image", "checkpointed", "wrapped"]
@@ -592,7 +636,7 @@ def test_capture_says_what_is_wrong():
         (net, [0], None, net, "no layer 0 among 3"),
         (nn.ModuleDict({"a": net}), [1], None, net, "capture: "),
         ([net[0], net[1], net[0]], [3], None, net, "block 3 is listed twice"),
-        ([pair], [1], None, pair, "block 1 returns a tuple.*output=0"),
+        ([pair], [1], None, pair, r"block 1 returns \[\[2, 5, 4\], \[2, 5, 4\]\]; say which"),
         ([pair], [1], 2, pair, "output=2 of block 1"),
         ([pair], [1], "h", pair, "output=h of block 1"),
         (net, [1, 2], None, recompute, "block 1 has no gradient.*use_reentrant=False"),
@@ -779,6 +823,122 @@ def test_the_table_of_sections_tells_the_truth():
         assert equations(" ".join(cited)) == equations(text.splitlines()[0]), row
         for name in names.split(", "):
             assert hasattr(agrepa, name) and name in defined, name
+
+
+# ---- what a close reading found ------------------------------------------------------------------
+
+
+def test_a_block_that_runs_again_and_again_with_the_residual_outside_is_refused():
+    block = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="fog_a: block 1 takes something else"):
+        fog_a(lambda h: chain([block] * 3, lambda block, h: h + block(h))(h), [block], state())
+
+
+def test_complex_velocities_count_whole():
+    blocks, h = three(), state()
+
+    def velocity(h):
+        h = chain(blocks)(h)
+        return torch.complex(h, 3 * h.flip(1))
+
+    assert_right(velocity, blocks, h)
+    assert fog_a(lambda h: 1j * velocity(h).real, blocks, h).min() > 0
+
+
+def test_a_velocity_may_return_the_same_buffer_each_time():
+    blocks, h, buffer = three(), state(), state()
+    assert_close(
+        fog_a(lambda h: buffer.copy_(chain(blocks)(h)), blocks, h),
+        by_hand(chain(blocks), blocks, h),
+    )
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_blocks_that_leave_something_in_an_attribute_are_right_in_any_order(turn):
+    class Leaves(Block):
+        def forward(self, h):
+            self.left = self.f(h)
+            return h + self.left
+
+    blocks = [Leaves() for _ in range(4)]
+    assert_right(lambda h: chain(blocks)(h) + sum(b.left for b in blocks), blocks[::turn], state())
+
+
+def test_numpy_in_another_than_the_last_block_of_its_kind_is_refused():
+    blocks = [Block(lambda h: h + np.random.rand()), Block(), Block()]
+    with pytest.raises(ValueError, match="block 1 gives other numbers"):
+        fog_a(chain(blocks), blocks, state())
+
+
+def test_shapes_that_change_from_pass_to_pass_are_refused():
+    blocks, sizes = three(), iter(range(1, 99))
+    with pytest.raises(ValueError, match="fog_a: block 1 gives other numbers"):
+        fog_a(lambda h: chain(blocks)(h[:, : next(sizes)]).sum(1), blocks, state())
+
+    class Appends(Block):
+        def forward(self, h, kept):
+            kept.append(h)
+            return h + self.f(h)
+
+    block = Appends()
+    with pytest.raises(ValueError, match="fog_a: block 1 writes into its own input"):
+        fog_a(lambda h: block(h, [h]), [block], state())
+
+
+def test_nan_is_not_called_writing():
+    blocks = [Block(lambda h, *missing: h) for _ in range(3)]
+    missing, h = torch.tensor([float("nan"), 1.0]), state()
+    assert_right(chain(blocks, lambda block, h: block(h, missing)), blocks, h)
+    assert fog_a(lambda h: chain(blocks)(h) * float("nan"), blocks, h).isnan().all()
+    assert fog_a(lambda h: chain(blocks)(h * float("nan")), blocks, h).isnan().all()
+
+
+def test_a_velocity_may_write_in_its_inputs():
+    blocks, h = three(), state()
+    before, expected = h.clone(), by_hand(lambda h: chain(blocks)(h + 1), blocks, h)
+    assert_close(fog_a(lambda h: chain(blocks)(h.add_(1)), blocks, h), expected)
+    assert torch.equal(h, before)
+
+
+def test_a_velocity_may_be_a_number_a_sample_and_blocks_must_be_some():
+    blocks, h = three(), state()
+    assert fog_a(lambda h: chain(blocks)(h).mean((1, 2)), blocks, h).shape == (3, 2)
+    with pytest.raises(ValueError, match="no blocks"):
+        fog_a(lambda h: h, [], h)
+
+
+def test_a_single_number_is_no_velocity():
+    blocks = three()
+    with pytest.raises(ValueError, match="velocity"):
+        fog_a(lambda h: chain(blocks)(h).mean(), blocks, state())
+
+
+def test_capture_takes_a_block_without_a_tuple_whole_and_layers_once():
+    block, h = Block(), state()
+    with capture([block], [1], output=0) as hidden:
+        block(h)
+    assert hidden[1].shape == h.shape
+    with capture([block], (k for k in [1])) as hidden:
+        block(h)
+    assert list(hidden) == [1]
+    with pytest.raises(ValueError, match="values"), capture(nn.ModuleDict({"a": block}), [1]):
+        block(h)
+
+
+def test_the_loss_takes_any_rank():
+    v, u = torch.randn(2, 3, 4)
+    assert_close(flow_matching_loss(v, u), (v - u).square().mean(1))
+
+
+def test_a_missing_checkpoint_from_elsewhere_is_explained(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchaudio.pipelines.Wav2Vec2Bundle, "get_model", refuse)
+    monkeypatch.setattr(type(torchaudio.pipelines.MMS_FA), "get_model", refuse)
+    with pytest.raises(ValueError) as error:
+        Teacher("MMS_FA", 9)
+    assert str(error.value).count("https://") == 1
 
 
 # ---- data: preparation and batches --------------------------------------------------------------
