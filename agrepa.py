@@ -1723,9 +1723,7 @@ def parse(arguments):
     other("--prompt", metavar="FILE", help="whose voice (default: the input's first seconds)")
     other("--domain", help="default: the checkpoint's first")
     other("--nfe", type=int, help="Euler steps (default: 32)")
-    other(
-        "--guidance", type=float, help="default: 3; 1, which is off, suits a short training better"
-    )
+    other("--guidance", type=float, help="default: 3 (1: off); overdrives the mel of short runs")
     other("--sway", type=float, help="default: -1")
     other("--vocoder", choices=("griffinlim", "vocos"), help="default: griffinlim")
     other("--evaluate", metavar="CKPT", help="metrics on held-out audio")
