@@ -1559,6 +1559,7 @@ def test_sigterm_saves_the_step_and_says_how_to_go_on(folders, tmp_path, monkeyp
         ):
             train(config, tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) == before
+    assert agrepa.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 9
     train(config, tmp_path / "whole")
     train(config, tmp_path / "run", agrepa.load_checkpoint(tmp_path / "run" / "last.pt"))
     a, b = (agrepa.load_checkpoint(tmp_path / x / "last.pt") for x in ("whole", "run"))
