@@ -1481,13 +1481,18 @@ def resynthesise(voice, tokens, prompt, prompt_tokens, seed=0, **how):
     return total / weight
 
 
-def continued(voice, clip, **how):
+def split_prompt(voice, clip):
     """A clip without padding: its first 30 %, a training reference's length at most, are the prompt
-    for the rest -> the rest's generated mel, real mel [m x 15, M] and tokens [m x r]."""
+    -> mel and tokens of the prompt, mel [m x 15, M] and tokens [m x r] of the rest."""
     mel, tokens = (torch.from_numpy(clip[k]).to(voice.device) for k in ("x1", "tokens"))
     p = int(0.3 * min(clip["real"], voice.config.blocks))
-    prompt, prompt_tokens = mel[: p * FRAMES], tokens[: p * voice.r]
-    mel, tokens = mel[p * FRAMES :], tokens[p * voice.r :]
+    a, b = p * FRAMES, p * voice.r
+    return mel[:a], tokens[:b], mel[a:], tokens[b:]
+
+
+def continued(voice, clip, **how):
+    """Generates a clip's rest from its prompt -> that mel, the real mel, its tokens."""
+    prompt, prompt_tokens, mel, tokens = split_prompt(voice, clip)
     return resynthesise(voice, tokens, prompt, prompt_tokens, **how), mel, tokens
 
 
@@ -1591,9 +1596,7 @@ def evaluate(path, given):
             sounds[0].append(measure(voice, made, tokens))
             sounds[1].append(measure(voice, real, tokens))
         for clip in others:
-            mel, tokens = (torch.from_numpy(clip[k]).to(voice.device) for k in ("x1", "tokens"))
-            p = int(0.3 * clip["real"])
-            sounds[2].append(measure(voice, mel[p * FRAMES :], tokens[p * voice.r :]))
+            sounds[2].append(measure(voice, *split_prompt(voice, clip)[2:]))
         made, real, other = ([np.concatenate(x) for x in zip(*s, strict=True)] for s in sounds)
         rows = min(len(real[0]), len(other[0]))
         if rows <= need:
@@ -1692,9 +1695,8 @@ TOY = (
     "--layers 6 --dim 128 --heads 4 --seconds 1.92 --steps 240 --lr 2e-3 --teacher MFCC --units 64 "
     "--probe-steps 90 --probe-every 15 --eval-every 40"
 )
-PREPARATION = (
-    "teacher teacher_layer units_teacher codebooks units".split()
-)  # settings it depends on
+# Settings that a prepared folder depends on.
+PREPARATION = "teacher teacher_layer units_teacher codebooks units".split()
 
 
 def add_flags(parser, names):

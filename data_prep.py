@@ -198,9 +198,8 @@ def k_means(x, k, rounds=12):
         unit = agrepa.nearest(x, centroids)
         count = torch.bincount(unit, minlength=k)[:, None]
         total = torch.zeros_like(centroids).index_add_(0, unit, x)
-        spare = x[
-            torch.randint(len(x), (k,), generator=pick).to(x.device)
-        ]  # for a unit without rows
+        # A unit without rows starts anew from one of them.
+        spare = x[torch.randint(len(x), (k,), generator=pick).to(x.device)]
         centroids = torch.where(count > 0, total / count.clamp(min=1), spare)
     return centroids
 
@@ -284,20 +283,17 @@ def settings_of(folder, config, files):
     }
 
 
-def prepare(folder, out, config):
+def prepare(folder, out, config, listed=None):
     """A folder of audio -> a prepared folder `out`. Until it is whole the work stands in
-    `out`.partial, where the same call goes on. Raises ValueError."""
+    `out`.partial, where the same call goes on. listed: list_audio(folder), if at hand. Raises
+    ValueError."""
     folder, out = Path(folder), Path(out)
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies inside the audio folder, where nothing is written")
     if out.exists():
         raise ValueError(f"{out} exists already; nothing is overwritten")
-    files, unlisted = list_audio(folder)
+    files, unlisted = listed or list_audio(folder)
     settings, part = settings_of(folder, config, files), out.with_name(out.name + ".partial")
-    if part.exists() and read_json(part / "settings.json") != settings:
-        raise ValueError(
-            f"{part} belongs to other audio or settings; delete it or choose another --out"
-        )
     usable, skipped = scan(folder, files)
     if not usable:
         first = "".join(f"; {s['path']} {s['reason']}" for s in skipped[:1])
@@ -458,7 +454,8 @@ def publish(part, windows, train, listener, skipped):
 def prepared(folder, config, find=False):
     """The folder in config.cache that was prepared from this audio with these settings; prepares it
     where there is none, or with `find` raises ValueError."""
-    settings = settings_of(folder, config, list_audio(folder)[0])
+    listed = list_audio(folder)
+    settings = settings_of(folder, config, listed[0])
     for i in itertools.count(1):
         out = Path(config.cache) / f"{folder.resolve().name}-{i}"
         if out.exists():
@@ -479,7 +476,7 @@ def prepared(folder, config, find=False):
         flags = flags.replace("--units-teacher  ", "")
         command = f"python data_prep.py {folder} {flags}"
         raise ValueError(f"--data {folder}: not prepared yet; before torchrun, once: {command}")
-    return prepare(folder, out, config)
+    return prepare(folder, out, config, listed)
 
 
 # ---- the toy corpus ------------------------------------------------------------------------------
