@@ -4,7 +4,7 @@ The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
 
     python agrepa.py                                           # toy corpus, minutes on a CPU
     python agrepa.py --data ./LibriTTS --steps 100000          # prepare, probe, select, align
-    torchrun --nproc_per_node=8 agrepa.py --data ./LibriTTS    # the same; prepare the data before
+    torchrun --nproc_per_node=8 agrepa.py --data prepared/LibriTTS-1 --steps 100000
 
  1  flow matching       Eqs. 1, 2    flow_path, flow_matching_loss
  2  velocity model      Eqs. 7, 15   VelocityModel, Condition, interleave
@@ -53,6 +53,7 @@ from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
+from unittest import mock
 from urllib.parse import urljoin
 
 import numpy as np
@@ -65,8 +66,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 RATE, HOP, N_MELS = 24_000, 256, 100  # Vocos 24 kHz mel format
 TEACHER_RATE = 16_000  # HuBERT's
 BLOCK, FRAMES, TEACHER_FRAMES = 0.16, 15, 8  # seconds, mel frames and teacher frames of a block
-FORMAT, CHECKPOINT = 3, "agrepa 3"  # of prepared folders, of checkpoints
 WINDOW = 160  # blocks, 25.6 s: longer sounds are cut (attention is quadratic, Whisper sees 30 s)
+FORMAT, CHECKPOINT = 3, "agrepa 3"  # of prepared folders, of checkpoints
 
 # ---- 1. Flow matching (Eqs. 1, 2) ----------------------------------------------------------------
 # Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their velocity u.
@@ -83,10 +84,8 @@ def flow_matching_loss(v, u, mask=None):
     error = (v.float() - u).square()
     if mask is None:
         return error.flatten(1).mean(1)
-    if mask.shape != error.shape[:-1]:
-        raise ValueError(
-            f"mask {list(mask.shape)} for v {list(v.shape)}: need [B, T] and [B, T, M]"
-        )
+    if error.dim() != 3 or mask.shape != error.shape[:2]:
+        raise ValueError(f"mask {list(mask.shape)} for v {list(v.shape)}: not [B, T], [B, T, M]")
     return (error.mean(-1) * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -209,7 +208,7 @@ class VelocityModel(nn.Module):
 
 
 def hubert(name, layer):
-    """A speech model of torchaudio.pipelines -> waveform [B, n] to features of one of its layers."""
+    """A speech model of torchaudio.pipelines -> it, and waveform [B, n] to one layer's features."""
     import torchaudio  # here: neither --help nor training waits for it
 
     bundle = getattr(torchaudio.pipelines, name, None)
@@ -221,10 +220,8 @@ def hubert(name, layer):
         net = bundle.get_model()
     except OSError as error:  # no network
         address = urljoin("https://download.pytorch.org/torchaudio/models/", bundle._path)
-        raise ValueError(
-            f"{error}. Put {address} into {torch.hub.get_dir()}/checkpoints, or take --teacher MFCC, "
-            "which needs no download"
-        ) from None
+        why = f"{error}. Put {address} into {torch.hub.get_dir()}/checkpoints"
+        raise ValueError(f"{why}, or take --teacher MFCC, which needs no download") from None
     net = getattr(net, "model", net)  # the large bundles' wrapper normalises over the whole batch
 
     def features(wave):
@@ -250,13 +247,6 @@ def mfcc():
     return net, features
 
 
-def call_by_name(spec):
-    """FILE.py:FUNCTION or MODULE:FUNCTION, called without arguments."""
-    place, function = spec.rsplit(":", 1)
-    found = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
-    return found[function]()
-
-
 class Teacher(nn.Module):
     """Waveform [B, n x 2560] at 16 kHz -> features [B, n x 8, dim], frozen.
 
@@ -269,22 +259,23 @@ class Teacher(nn.Module):
         super().__init__()
         try:
             if ":" in spec:
-                self.net = self.features = call_by_name(spec)
+                place, function = spec.rsplit(":", 1)
+                code = place.endswith(".py")
+                found = runpy.run_path(place) if code else vars(importlib.import_module(place))
+                self.net = self.features = found[function]()
             else:
                 self.net, self.features = mfcc() if spec == "MFCC" else hubert(spec, layer)
             self.eval().requires_grad_(False)
             # HuBERT hears 25 ms at once, which costs a frame; 5 ms of silence in front give it back
             # and centre its frames within 3 ms of the mel's.
             for self.pad in (0, 80):
-                found = self(torch.zeros(1, 2 * 2560))
-                shape = list(found.shape)
+                shape = list(self(torch.zeros(1, 2 * 2560)).shape)
                 if len(shape) == 3 and shape[1] == 2 * TEACHER_FRAMES:
                     self.dim = shape[2]
                     return
-        except ValueError as error:
-            raise ValueError(f"--teacher {spec}: {error}") from None
         except Exception as error:  # a file of the user's may raise anything
-            raise ValueError(f"--teacher {spec}: {type(error).__name__}: {error}") from None
+            why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"--teacher {spec}: {why}") from None
         raise ValueError(f"--teacher {spec}: 0.32 s at 16 kHz gave {shape}, not [1, 16, dim]")
 
     @torch.no_grad()
@@ -317,12 +308,10 @@ class Tokenizer(nn.Module):
 
     def forward(self, features, mel):
         """-> ids [B, n x 8 x codebooks]; the second codebook's follow the first's in number."""
-        ids, column = [], 0
-        for i, x in enumerate(self.streams(features, mel, self.codebooks)):
-            centroids = self.centroids[:, column : column + x.shape[2]]
-            ids.append(nearest(x, centroids) + i * len(centroids))
-            column += x.shape[2]
-        return interleave(*ids)
+        streams = self.streams(features, mel, self.codebooks)
+        books = self.centroids.split([x.shape[2] for x in streams], 1)
+        pairs = zip(streams, books, strict=True)
+        return interleave(*(nearest(x, book) + i * len(book) for i, (x, book) in enumerate(pairs)))
 
 
 def nearest(x, centroids):
@@ -340,12 +329,10 @@ def nearest(x, centroids):
 def pool(h, mask=None):
     """The mean over time without padding: h [..., T, D], mask [..., T] -> [..., D] in float32;
     zeros where all is padding."""
-    h = h.float()
     if mask is None:
-        return h.mean(-2)
-    return h.masked_fill(~mask.bool()[..., None], 0).sum(-2) / mask.sum(-1, keepdim=True).clamp(
-        min=1
-    )
+        return h.float().mean(-2)
+    total = h.float().masked_fill(~mask.bool()[..., None], 0).sum(-2)
+    return total / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 class BiTC(nn.Module):
@@ -380,18 +367,14 @@ def lasp(hidden, bitc, T_x, mask=None):
 # L (L + 1) / 2 evaluations of a block in place of L (L + 1), exact in any network of residual blocks.
 
 
-def full(x):
-    return x if x.is_complex() else x.float()
-
-
-def relative_change(v, v_k, eps=1e-8):
-    """Eq. 9, a sample: ||v^{\\k} - v|| / (||v|| + eps). v, v_k [B, ...] -> [B], norms in float32."""
-    v, v_k = full(v).reshape(len(v), -1), full(v_k).reshape(len(v), -1)
-    return (v_k - v).norm(dim=1) / (v.norm(dim=1) + eps)
-
-
 def tensors(tree):
-    return [x for x in tree_leaves(tree) if torch.is_tensor(x)]
+    """Those in an argument or output of any form; complex ones as real pairs."""
+    found = [x for x in tree_leaves(tree) if torch.is_tensor(x)]
+    return [torch.view_as_real(x) if x.is_complex() else x for x in found]
+
+
+def shapes(tree):
+    return [list(x.shape) for x in tensors(tree)]
 
 
 def copied(tree):
@@ -400,14 +383,20 @@ def copied(tree):
 
 def differ(a, b, tolerance=1e-3):
     """By more than the noise of kernels that add up in any order."""
-    a, b = tensors(a), tensors(b)
-    if [x.shape for x in a] != [y.shape for y in b]:
+    if shapes(a) != shapes(b):
         return True
-    for x, y in zip(a, b, strict=True):
-        x, y, scale = full(x).nan_to_num(), full(y).nan_to_num(), full(x).nan_to_num(0, 0, 0).norm()
-        if torch.where(x == y, 0, x - y).norm() > tolerance * scale:
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        x, y = x.float(), y.float()
+        change = torch.where((x == y) | (x.isnan() & y.isnan()), 0, x - y)
+        if not change.norm() <= tolerance * x[x.isfinite()].norm():
             return True
     return False
+
+
+def relative_change(v, v_k, eps):
+    """Eq. 9, a sample: ||v^{\\k} - v|| / (||v|| + eps). v, v_k [B, ...] -> [B], norms in float32."""
+    v, v_k = (x.float().reshape(len(x), -1) for x in tensors((v, v_k)))
+    return (v_k - v).norm(dim=1) / (v.norm(dim=1) + eps)
 
 
 def matching_inputs(args, kwargs, output):
@@ -416,40 +405,40 @@ def matching_inputs(args, kwargs, output):
 
     def match(x):
         found = [i for i, y in inputs.items() if y.shape == x.shape]
-        if len(found) == 1:
-            return inputs.pop(found[0]).to(x.dtype)
-        raise ValueError(
-            f"returns a tensor of shape {list(x.shape)} and takes {len(found)} of it: say what it "
-            "returns when closed, skip=lambda args, kwargs, output: ..."
-        )
+        if len(found) != 1:
+            which = f"a tensor of shape {list(x.shape)} and takes {len(found)} of it"
+            raise ValueError(f"returns {which}: {SAY_SKIP}")
+        return inputs.pop(found[0]).to(x.dtype)
 
     for x in tree_leaves(output):
         if not isinstance(x, (torch.Tensor, int, float, type(None))):
-            raise ValueError(
-                f"returns a {type(x).__name__}: say with skip= what a closed one returns"
-            )
+            raise ValueError(f"returns a {type(x).__name__}: {SAY_SKIP}")
     return tree_map_only(torch.Tensor, match, output)
 
 
-def shapes(tree):
-    return [list(x.shape) for x in tensors(tree)]
+SAY_SKIP = "say what it returns when closed, skip=lambda args, kwargs, output: ..."
+ELSEWHERE = (
+    "takes something else than the block before returned: say with skip=lambda args, kwargs, output: "
+    "... what a closed one returns, args[0], or 0 * output where its caller adds the residual"
+)
+UNREPEATABLE = (
+    "gives other numbers when the same pass runs again: it draws random numbers that can't be "
+    "replayed (numpy's, a torch.Generator's), or is in training mode (call model.eval())"
+)
 
 
 class Gates:
-    """Answers for the blocks' forward. In the pass "open" it keeps what each takes and returns. In
-    "again" all hand that on, two of each kind compute, and nothing may differ. In a block's own
-    pass those below hand on, it skips itself, and those above compute."""
+    """Answers for the blocks' forward. The pass "open" keeps what each takes and returns. In "again"
+    all hand that on, the first and last of each kind compute it anew, and nothing may differ. In a
+    block's own pass those below it hand on, it skips itself, and those above compute."""
 
     def __init__(self, blocks, skip):
-        self.blocks, self.skip, self.calls = list(blocks), skip, []
-        if not self.blocks:
-            raise ValueError("fog_a: there are no blocks to close")
-        for k, block in enumerate(self.blocks):
-            kind, containers = type(block).__name__, (nn.ModuleList, nn.ModuleDict)
-            if not isinstance(block, nn.Module) or isinstance(block, containers):
-                raise ValueError(f"fog_a: block {k + 1} is a {kind}, not a module that is called")
-            if block in self.blocks[:k]:
-                self.refuse(block, f"and block {k + 1} are the same module")
+        self.blocks, self.skip, self.calls = list(blocks), skip, {}
+        for k, block in enumerate(self.blocks, 1):
+            if not isinstance(block, nn.Module):
+                raise ValueError(f"fog_a: block {k} is a {type(block).__name__}, not a module")
+            if block in self.blocks[: k - 1]:
+                self.refuse(block, f"and block {k} are the same module")
         kinds = {type(b): b for b in self.blocks}, {type(b): b for b in reversed(self.blocks)}
         self.samples = {block for kind in kinds for block in kind.values()}
 
@@ -459,10 +448,7 @@ class Gates:
     def forward(self, block, compute, *args, **kwargs):
         if self.now == "open":
             return self.keep(block, compute, args, kwargs)
-        if self.at == len(self.calls) or self.calls[self.at][0] is not block:
-            self.refuse(block, "ran out of turn: blocks must run in one order, none inside another")
-        _, given, kept = self.calls[self.at]
-        self.at += 1
+        given, kept = self.calls[block]
         if self.now is block:
             self.closed = True
             return self.hand_on(block, args, kwargs, kept)
@@ -477,20 +463,16 @@ class Gates:
     def keep(self, block, compute, args, kwargs):
         given = copied((args, kwargs))
         output = compute(*args, **kwargs)
+        if block in self.calls:
+            self.refuse(block, "runs twice: let velocity() be one pass of the model")
         if differ(given, (args, kwargs), 0):
             self.refuse(block, "writes into its own input; let it return a new tensor")
-        closed, calls = tensors(self.hand_on(block, args, kwargs, output)), self.calls
-        starts = not calls or (block is calls[0][0] and block is not calls[-1][0])  # over again
-        if self.skip is matching_inputs and not starts:
-            below = tensors(calls[-1][2])
+        closed = tensors(self.hand_on(block, args, kwargs, output))
+        if self.calls and self.skip is matching_inputs:
+            below = tensors(list(self.calls.values())[-1][1])
             if any(all(differ(x, y, 0.01) for y in below) for x in closed):
-                self.refuse(
-                    block,
-                    "takes something else than the block before returned. Where the caller changes the "
-                    "hidden state between blocks, say what a closed one returns: skip=lambda args, "
-                    "kwargs, output: args[0]; or 0 * output where it adds a block's f(h) to h itself",
-                )
-        self.calls.append((block, given, copied(output)))
+                self.refuse(block, ELSEWHERE)
+        self.calls[block] = given, copied(output)
         return output
 
     def hand_on(self, block, args, kwargs, kept):
@@ -502,12 +484,6 @@ class Gates:
         if shapes(closed) != shapes(kept):
             self.refuse(block, f"returns {shapes(kept)}, but when closed {shapes(closed)}")
         return closed
-
-
-UNREPEATABLE = (
-    "gives other numbers when the same pass runs again: it draws random numbers that can't be "
-    "replayed (numpy's, a torch.Generator's), or is in training mode (call model.eval())"
-)
 
 
 @torch.no_grad()
@@ -523,47 +499,46 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
     gates = Gates(blocks, skip or matching_inputs)
 
     def run(now):
-        gates.now, gates.at, gates.closed = now, 0, False
+        gates.now, gates.closed = now, False
         random.seed(0)
         torch.manual_seed(0)
         v = velocity(*copied(inputs))
         if not torch.is_tensor(v) or not v.dim():
-            raise ValueError(
-                f"fog_a: velocity() returns a {type(v).__name__}, not [B, ...]; wrap it"
-            )
+            kind = type(v).__name__
+            raise ValueError(f"fog_a: velocity() returns a {kind}, not [B, ...]; wrap it")
         return v.clone()
+
+    def eval_mode(module, args=()):
+        if module.training:
+            undo.callback(setattr, module, "training", True)
+            module.training = False
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.random.fork_rng(range(torch.accelerator.device_count())))
         undo.callback(random.setstate, random.getstate())
         undo.enter_context(torch.compiler.set_stance("force_eager"))  # so that gates are seen
-
-        def eval_mode(module, args=()):
-            if not module.training:
-                return
-            undo.callback(setattr, module, "training", module.training)
-            module.training = False
-
         root = getattr(velocity, "__self__", velocity)  # of a bound method
         for module in root.modules() if isinstance(root, nn.Module) else ():
             eval_mode(module)
         hook = nn.modules.module.register_module_forward_pre_hook(eval_mode)  # in a function, too
         undo.callback(hook.remove)
         for block in gates.blocks:
-            own = vars(block)
-            before = {"forward": own["forward"]} if "forward" in own else {}
-            undo.callback(own.update, before)  # after the next line's
-            undo.callback(own.pop, "forward")
-            own["forward"] = partial(gates.forward, block, block.forward)
+            gated = partial(gates.forward, block, block.forward)
+            undo.enter_context(mock.patch.object(block, "forward", gated))
         v = run("open")
         for block in gates.blocks:
-            if all(called is not block for called, *_ in gates.calls):
-                gates.refuse(block, "never ran in velocity()")
+            if block not in gates.calls:
+                gates.refuse(block, "never ran in velocity(), as a bare ModuleList never does")
         if differ(v, run("again")):
             raise ValueError(f"fog_a: velocity() {UNREPEATABLE}")
-        # From the top down: what a block leaves in an attribute is then the open pass's.
-        order = reversed(dict.fromkeys(block for block, *_ in gates.calls))
-        scores = {block: relative_change(v, run(block), eps) for block in order}
+        scores = {}
+        for block in reversed(gates.calls):  # what a block leaves in an attribute is then v's
+            v_k = run(block)
+            if not gates.closed:
+                gates.refuse(block, "runs inside another block")
+            scores[block] = relative_change(v, v_k, eps)
+        if not scores:
+            raise ValueError("fog_a: there are no blocks to close")
         return torch.stack([scores[block] for block in gates.blocks])
 
 
@@ -580,10 +555,8 @@ def select_layers(scores, k=3, equal=False):
     if not scores.isfinite().all():
         raise ValueError(f"layer scores are not finite: {scores.tolist()}")
     if scores.abs().max() < 1e-4:
-        raise ValueError(
-            f"no layer contributes, the best score is {scores.max():.1e}: fresh adaLN-Zero or "
-            "LayerScale gates are closed, so train some steps before probing"
-        )
+        why = "fresh adaLN-Zero or LayerScale gates are closed, so train before you probe"
+        raise ValueError(f"no layer contributes, the best score is {scores.max():.1e}: {why}")
     if not equal and scores.min() < 0:
         raise ValueError(f"negative scores have no shares: {scores.tolist()}")
     best = scores.argsort(descending=True, stable=True)[:k]
@@ -606,44 +579,36 @@ def capture(blocks, layers, output=None):
     output: which one, where blocks return several tensors. Raises ValueError for a block that never
     ran, or whose state carries no gradient.
     """
-    blocks, layers, hidden, hooks = list(blocks), list(layers), {}, []
+    blocks, layers, hidden = list(blocks), list(layers), {}
 
     def keep(k, block, args, returned):
         try:
             x = returned if output is None or torch.is_tensor(returned) else returned[output]
-        except (LookupError, TypeError) as error:
-            raise ValueError(f"capture: output={output} of block {k}: {error}") from None
-        if not torch.is_tensor(x):
-            found = [list(y.shape) for y in tree_leaves(x) if torch.is_tensor(y)]
-            raise ValueError(f"capture: block {k} returns {found}; say which tensor, as output=1")
-        hidden[k] = x.clone()  # whatever its caller then writes into x
+            hidden[k] = x.clone()  # whatever its caller then writes into x
+        except (LookupError, TypeError, AttributeError):
+            found = [list(x.shape) for x in tree_leaves(returned) if torch.is_tensor(x)]
+            why = f"returns {found}, and output={output}; say which tensor, as output=1"
+            raise ValueError(f"capture: block {k} {why}") from None
 
     for k in layers:
         if not 1 <= k <= len(blocks) or not isinstance(blocks[k - 1], nn.Module):
-            raise ValueError(
-                f"capture: no layer {k} among {len(blocks)} modules; layers count from 1, and of a "
-                "ModuleDict pass .values()"
-            )
+            why = f"no layer {k} among {len(blocks)} modules"
+            raise ValueError(f"capture: {why}; they count from 1; of a ModuleDict pass .values()")
         if blocks.count(blocks[k - 1]) > 1:
             raise ValueError(f"capture: block {k} is listed twice")
-    try:
+    with contextlib.ExitStack() as hooks:
         for k in layers:
-            hooks.append(blocks[k - 1].register_forward_hook(partial(keep, k)))
+            hook = blocks[k - 1].register_forward_hook(partial(keep, k))
+            hooks.callback(hook.remove)
         yield hidden
-    finally:
-        for hook in hooks:
-            hook.remove()
     for k in layers:
         if k not in hidden:
-            raise ValueError(
-                f"capture: block {k} never ran: a bare ModuleList is never called, and a compiled "
-                "model ignores hooks (compile its blocks instead)"
-            )
+            why = "a ModuleList is never called; compile a model's blocks, not the model"
+            raise ValueError(f"capture: block {k} never ran: {why}")
         trains = any(p.requires_grad for p in blocks[k - 1].parameters())
         if torch.is_grad_enabled() and trains and not hidden[k].requires_grad:
-            raise ValueError(
-                f"capture: block {k} has no gradient; checkpoint with use_reentrant=False"
-            )
+            why = "has no gradient; checkpoint with use_reentrant=False"
+            raise ValueError(f"capture: block {k} {why}")
 
 
 class AlignmentHeads(nn.ModuleDict):
@@ -739,15 +704,15 @@ def read_audio(path, start=0, blocks=None):
         with soundfile.SoundFile(os.fsencode(path)) as f:
             rate = f.samplerate
             blocks = blocks or int(f.frames / rate / BLOCK + 1e-6)
-            a, b = round(start * BLOCK * rate), round((start + blocks) * BLOCK * rate)
-            f.seek(a)
-            wave = f.read(b - a, dtype="float32", always_2d=True).mean(1)
+            first, last = round(start * BLOCK * rate), round((start + blocks) * BLOCK * rate)
+            f.seek(first)
+            wave = f.read(last - first, dtype="float32", always_2d=True).mean(1)
     except (RuntimeError, OSError) as error:  # soundfile's own is a RuntimeError
         raise ValueError(f"can't be read ({error})") from None
     if blocks < 1:
         raise ValueError(f"is shorter than a block of {BLOCK} s")
-    if len(wave) < b - a - BLOCK * rate:
-        raise ValueError(f"ends {(b - a - len(wave)) / rate:.2f} s before its header says")
+    if len(wave) < last - first - BLOCK * rate:
+        raise ValueError(f"ends {(last - first - len(wave)) / rate:.2f} s too early for its header")
     loudest = np.abs(wave).max(initial=0)
     if not 1e-5 < loudest < 100:  # NaN too
         raise ValueError(f"is silent, or not sound: its loudest sample there is {loudest:.3g}")
