@@ -67,7 +67,7 @@ RATE, HOP, N_MELS = 24_000, 256, 100  # Vocos 24 kHz mel format
 TEACHER_RATE = 16_000  # HuBERT's
 BLOCK, FRAMES, TEACHER_FRAMES = 0.16, 15, 8  # seconds, mel frames and teacher frames of a block
 WINDOW = 160  # blocks, 25.6 s: longer sounds are cut (attention is quadratic, Whisper sees 30 s)
-FORMAT, CHECKPOINT = 3, "agrepa 3"  # of prepared folders, of checkpoints
+FORMAT, CHECKPOINT = 3, "agrepa 4"  # of prepared folders, of checkpoints
 
 # ---- 1. Flow matching (Eqs. 1, 2) ----------------------------------------------------------------
 # Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their velocity u.
@@ -434,6 +434,8 @@ class Gates:
 
     def __init__(self, blocks, skip):
         self.blocks, self.skip, self.calls = list(blocks), skip, {}
+        if not self.blocks:
+            raise ValueError("fog_a: there are no blocks to close")
         for k, block in enumerate(self.blocks, 1):
             if not isinstance(block, nn.Module):
                 raise ValueError(f"fog_a: block {k} is a {type(block).__name__}, not a module")
@@ -537,8 +539,6 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
             if not gates.closed:
                 gates.refuse(block, "runs inside another block")
             scores[block] = relative_change(v, v_k, eps)
-        if not scores:
-            raise ValueError("fog_a: there are no blocks to close")
         return torch.stack([scores[block] for block in gates.blocks])
 
 
@@ -668,9 +668,8 @@ def mel_to_wave(mel, vocoder="griffinlim"):
     magnitudes, or vocos. Raises ValueError where vocos or its weights are missing."""
     import torchaudio
 
-    mel = torch.cat([mel, mel[:, -1:]], 1).transpose(
-        1, 2
-    )  # frames are centred: closes the last hop
+    # Frames are centred: one more closes the last hop.
+    mel = torch.cat([mel, mel[:, -1:]], 1).transpose(1, 2)
     if vocoder == "vocos":
         try:
             from vocos import Vocos
@@ -695,8 +694,8 @@ def mel_to_wave(mel, vocoder="griffinlim"):
 
 
 def read_audio(path, start=0, blocks=None):
-    """Blocks of a file, mono -> waveform at 16 kHz [n x 2560], at 24 kHz [n x 3840], file's rate.
-    Raises ValueError with the reason where they can't be used."""
+    """Blocks of a file, mono -> waveform at 16 kHz [n x 2560] and at 24 kHz [n x 3840]. Raises
+    ValueError with the reason where they can't be used."""
     import soundfile
     from torchaudio.functional import resample
 
@@ -712,7 +711,7 @@ def read_audio(path, start=0, blocks=None):
     if blocks < 1:
         raise ValueError(f"is shorter than a block of {BLOCK} s")
     if len(wave) < last - first - BLOCK * rate:
-        raise ValueError(f"ends {(last - first - len(wave)) / rate:.2f} s too early for its header")
+        raise ValueError(f"ends {(last - first - len(wave)) / rate:.2f} s before its header says")
     loudest = np.abs(wave).max(initial=0)
     if not 1e-5 < loudest < 100:  # NaN too
         raise ValueError(f"is silent, or not sound: its loudest sample there is {loudest:.3g}")
@@ -723,7 +722,7 @@ def read_audio(path, start=0, blocks=None):
         sound = resample(torch.from_numpy(wave), ratio.denominator, ratio.numerator)
         return F.pad(sound, (0, max(0, n - len(sound))))[:n]
 
-    return at_rate(TEACHER_RATE), at_rate(RATE), rate
+    return at_rate(TEACHER_RATE), at_rate(RATE)
 
 
 class BlockDataset:
@@ -732,8 +731,6 @@ class BlockDataset:
     def __init__(self, folder, raw_teacher=False):
         try:
             self.meta = meta = json.loads((Path(folder) / "meta.json").read_text())
-            if meta["format"] != FORMAT:
-                raise ValueError("another version made it")
             names = "mel tokens teacher units utterances".split()
             arrays = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names]
             self.mel, self.tokens, self.teacher, self.units, utterances = arrays
@@ -743,24 +740,29 @@ class BlockDataset:
             self.first, self.blocks = np.array(utterances).T  # rows; held-out utterances stand last
             self.train = len(self.first) - meta["held_out"]  # utterances to train on
             self.ends = self.blocks[: self.train].cumsum()
-            n, ids = len(self.mel), TEACHER_FRAMES * meta["codebooks"]
-            shapes = [(n, FRAMES, N_MELS), (n, ids), (n, self.dim)]
-            inside = (self.first >= 0) & (self.blocks > 0) & (self.first + self.blocks <= n)
-            if (
-                [x.shape for x in arrays[:3]] != shapes
-                or [x.dtype.str for x in arrays] != ["<f2", "<u2", "<f2", "<f4", "<i8"]
-                or self.tokens.max() >= len(self.units) * meta["codebooks"]
-                or (len(self.units), self.centre.shape) != (meta["units"], (self.dim,))
-                or not (
-                    inside.all()
-                    and 0 < self.train < len(self.first)
-                    and 0 < self.std < 1e3 > abs(self.mean)
-                )
-            ):
-                raise ValueError("its arrays don't belong together")
+            self.check([x.dtype.str for x in arrays])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder}: not a whole prepared folder ({why})") from None
+
+    def check(self, types):
+        meta, n, ids = self.meta, len(self.mel), TEACHER_FRAMES * self.meta["codebooks"]
+        if meta["format"] != FORMAT:
+            raise ValueError("another version made it")
+        inside = (self.first >= 0) & (self.blocks > 0) & (self.first + self.blocks <= n)
+        whole = (
+            types == ["<f2", "<u2", "<f2", "<f4", "<i8"]
+            and self.mel.shape == (n, FRAMES, N_MELS)
+            and self.tokens.shape == (n, ids)
+            and self.teacher.shape == (n, self.dim)
+            and self.tokens.max() < len(self.units) * meta["codebooks"]
+            and (len(self.units), self.centre.shape) == (meta["units"], (self.dim,))
+            and inside.all()
+            and 0 < self.train < len(self.first)
+            and 0 < self.std < 1e3 > abs(self.mean)
+        )
+        if not whole:
+            raise ValueError("its arrays don't belong together")
 
     def held_out(self, part):
         """Every other held-out utterance: those with part 0, or those between them with part 1."""
@@ -783,10 +785,13 @@ class BlockDataset:
             "real": real,
         }
 
-    def random_clip(self, u, start, n, noise):
-        """The clip that begins at the share `start` in [0, 1) of where one may, with its x0."""
+    def example(self, u, start, n, noise, length):
+        """The clip that begins at the share `start` in [0, 1) of where one may, with its noise x0 and
+        a reference of the share `length` of its longest, 30 % of the clip."""
         clip = self.clip(u, int(start * max(1, self.blocks[u] - n + 1)), n)
-        return {**clip, "x0": noise.standard_normal(clip["x1"].shape, dtype=np.float32)}
+        clip["x0"] = noise.standard_normal(clip["x1"].shape, dtype=np.float32)
+        clip["prefix"] = int(length * 0.3 * clip["real"] * FRAMES)
+        return clip
 
 
 class Batch(NamedTuple):
@@ -811,7 +816,7 @@ def stream(purpose, seed=0, domain=0, step=0, clip=0):
 
 def training_batch(data, config, step, rank=0, world=1, device="cpu"):
     """Step `step`'s clips for this process, config.batch_size in all."""
-    b, n, clips = config.batch_size // len(data), config.blocks, []
+    b, clips = config.batch_size // len(data), []
     for d, domain in enumerate(data):
         draws = stream(DRAWS, config.seed, d, step).random((b * world, 6))
         keep = draws[:, 0] >= 0.1  # 10 % lose their tokens, 10 % the reference
@@ -819,50 +824,45 @@ def training_batch(data, config, step, rank=0, world=1, device="cpu"):
             _, where, start, t, ref, length = draws[i]
             # A random block's utterance: long ones come more often.
             u = np.searchsorted(domain.ends, int(where * domain.ends[-1]), side="right")
-            clip = domain.random_clip(u, start, n, stream(NOISE, config.seed, d, step, i))
-            clip["t"], clip["domain"], clip["keep"] = np.float32(t), d, keep[i]
-            clip["kept"] = np.float32(world * keep[i] / max(1, keep.sum()))
-            clip["prefix"] = int(length * 0.3 * clip["real"] * FRAMES) if ref >= 0.1 else 0
-            clips.append(clip)
+            noise = stream(NOISE, config.seed, d, step, i)
+            clip = domain.example(u, start, config.blocks, noise, length if ref >= 0.1 else 0)
+            kept = np.float32(world * keep[i] / max(1, keep.sum()))
+            clips.append({**clip, "t": np.float32(t), "domain": d, "keep": keep[i], "kept": kept})
     return collate(clips, len(data), device)
 
 
 def held_out_batch(data, config, b, only=None, device="cpu"):
     """b fixed clips of each domain, or of domain `only`, the same in every run. The loss is taken of
     every other held-out utterance; layers are chosen on those between, asked for with `only`."""
-    clips, n = [], config.blocks
+    clips = []
     for d in range(len(data)) if only is None else (only,):
         held = data[d].held_out(0 if only is None else 1)
         for i in range(b):
             start, length = stream(HELD_OUT, 0, d, 0, i).random(2)
-            u = held[i * len(held) // b]
-            clip = data[d].random_clip(u, start, n, stream(HELD_OUT_NOISE, 0, d, 0, i))
-            clip["t"], clip["domain"] = np.float32((0.5 + i * 0.618034) % 1), d  # golden ratio
-            clip["keep"], clip["kept"] = True, np.float32(1 / b)
-            clip["prefix"] = int(length * 0.3 * clip["real"] * FRAMES)
-            clips.append(clip)
+            u, noise = held[i * len(held) // b], stream(HELD_OUT_NOISE, 0, d, 0, i)
+            clip = data[d].example(u, start, config.blocks, noise, length)
+            t, kept = np.float32((0.5 + i * 0.618034) % 1), np.float32(1 / b)  # golden ratio
+            clips.append({**clip, "t": t, "domain": d, "keep": True, "kept": kept})
     return collate(clips, len(clips) // b, device)
 
 
 def collate(clips, domains, device):
-    def put(x):
-        x = torch.from_numpy(np.stack(x))
+    def put(name, clips=clips):
+        x = torch.from_numpy(np.stack([clip[name] for clip in clips]))
         if torch.device(device).type != "cuda":
             return x.to(device)
         return x.pin_memory().to(device, non_blocking=True)  # while the step before runs
 
-    names = "x0 x1 t tokens domain keep kept prefix real".split()
-    x0, x1, t, tokens, domain, keep, kept, prefix, real = (
-        put([c[k] for c in clips]) for k in names
-    )
+    x1, real = put("x1"), put("real")
     T, b = x1.shape[1], len(clips) // domains
-    after = torch.arange(T, device=device) >= prefix[:, None]
+    after = torch.arange(T, device=device) >= put("prefix")[:, None]
     inside = torch.arange(T // FRAMES, device=device) < real[:, None]
-    whole = all(c["real"] == T // FRAMES for c in clips)  # flash attention takes no mask
+    whole = all(clip["real"] == T // FRAMES for clip in clips)  # flash attention takes no mask
     ref = x1.masked_fill(after[..., None], 0)
-    cond = Condition(tokens, ref, domain, keep, None if whole else inside)
-    teacher = [put([c["teacher"] for c in clips[i : i + b]]) for i in range(0, len(clips), b)]
-    return Batch(x0, x1, t, cond, teacher, kept, after & spread(inside, T))
+    cond = Condition(put("tokens"), ref, put("domain"), put("keep"), None if whole else inside)
+    teacher = [put("teacher", clips[i : i + b]) for i in range(0, len(clips), b)]
+    scored = after & spread(inside, T)
+    return Batch(put("x0"), x1, put("t"), cond, teacher, put("kept"), scored)
 
 
 def prefetch(make, first):
@@ -876,7 +876,6 @@ def prefetch(make, first):
 
 
 # ---- 11. Training (App. A.5: probe, then intervene) ----------------------------------------------
-
 
 PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
 STRATEGIES = "foga", "lasp", "gradnorm", "random", "none"
@@ -950,32 +949,32 @@ def named(name, value):
 
 def check(config):
     """Raises ValueError, with the value and what to do, for settings that can't be run."""
+
+    def require(good, name, why):
+        if not good:
+            raise ValueError(f"{named(name, getattr(config, name))} {why}")
+
     for f in dataclasses.fields(config):
-        value, may_be_0 = getattr(config, f.name), not f.default or "weight" in f.name
-        fits = f.default in ("", ()) or isinstance(f.default, str) or 0 < value < math.inf
-        if not fits and not (value == 0 and may_be_0):
-            least = "0 or more" if may_be_0 else "above 0"
-            raise ValueError(f"{named(f.name, value)}: must be a number {least}")
-    layers, L = config.select.split(","), config.layers
-    fits = len({k for k in layers if k.isdecimal() and 1 <= int(k) <= L}) == len(layers)
-    if config.select not in STRATEGIES and not fits:
-        which = f"{', '.join(STRATEGIES)}, or different layers from 1 to {L}, such as 4,8,12"
-        raise ValueError(f"--select {config.select}: {which}")
-    if config.top_k > L:
-        raise ValueError(f"--top-k {config.top_k} but the model has {L} layers")
-    if config.dim % (2 * config.heads):
-        raise ValueError(f"--dim {config.dim}: must be a multiple of 2 x --heads {config.heads}")
-    if config.dropout >= 1:
-        raise ValueError(f"--dropout {config.dropout}: must be below 1")
-    if config.units * config.codebooks > 65536:
-        raise ValueError(f"--units {config.units}: at most {65536 // config.codebooks}")
-    if not 1 <= config.blocks <= WINDOW:
-        raise ValueError(f"--seconds {config.seconds}: from {BLOCK} to {WINDOW * BLOCK}")
-    if config.phase1 >= config.steps:
-        raise ValueError(f"--probe-steps {config.phase1}: must end before --steps {config.steps}")
-    if config.batch_size % max(1, len(config.data)):
-        many = len(config.data)
-        raise ValueError(f"--batch-size {config.batch_size}: not a multiple of the {many} domains")
+        if isinstance(f.default, (int, float)):
+            value, may_be_0 = getattr(config, f.name), not f.default or "weight" in f.name
+            good = 0 < value < math.inf or (may_be_0 and value == 0)
+            require(good, f.name, f"must be a number {'0 or more' if may_be_0 else 'above 0'}")
+    L, most, domains = config.layers, 65536 // config.codebooks, max(1, len(config.data))
+    layers = {k for k in config.select.split(",") if k.isdecimal() and 1 <= int(k) <= L}
+    known = config.select in STRATEGIES or len(layers) == config.select.count(",") + 1
+    which = f"is not {', '.join(STRATEGIES)}, or different layers from 1 to {L}, such as 4,8,12"
+    require(known, "select", which)
+    require(config.top_k <= L, "top_k", f"but the model has {L} layers")
+    whole = config.dim % (2 * config.heads) == 0
+    require(whole, "dim", f"must be a multiple of 2 x --heads {config.heads}")
+    require(config.dropout < 1, "dropout", "must be below 1")
+    require(config.units <= most, "units", f"must be at most {most}")
+    fits = 1 <= config.blocks <= WINDOW
+    require(fits, "seconds", f"must be from {BLOCK} to {WINDOW * BLOCK}")
+    longer = config.phase1 < config.steps
+    require(longer, "probe_steps", f"must end before --steps {config.steps}")
+    shared = config.batch_size % domains == 0
+    require(shared, "batch_size", f"is not a multiple of the {domains} domains")
 
 
 def launch(config):
@@ -1088,12 +1087,10 @@ def report(config, name, lam, scores, probes, d):
 
 def parameter_groups(module):
     """AdamW's: weight decay on matrices; none on the token table, biases and the null token."""
-    named = dict(module.named_parameters())
-    decay = {name: p.ndim > 1 and name != "tokens.weight" for name, p in named.items()}
-    return [
-        {"params": [p for name, p in named.items() if decay[name]], "weight_decay": 0.1},
-        {"params": [p for name, p in named.items() if not decay[name]], "weight_decay": 0.0},
-    ]
+    decayed, others = [], []
+    for name, p in module.named_parameters():
+        (decayed if p.ndim > 1 and name != "tokens.weight" else others).append(p)
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
 
 
 def average_gradients(parameters, world):
@@ -1133,15 +1130,15 @@ class Run:
     """All that training changes, and the folder where it is kept."""
 
     PARTS = "model ema bitc heads optimiser".split()
-    PLAIN = "step seconds layers probes log".split()
+    PLAIN = "step seconds layers probes log sums".split()
 
     def __init__(self, config, data, device):
         torch.manual_seed(config.seed)
         self.config, self.out, self.device = config, Path(config.out), device
         self.domains = [{**d.meta, "centroids": torch.tensor(np.array(d.units))} for d in data]
-        names = [d.meta["name"] for d in data]
-        twice = len(set(names)) < len(names)
-        self.names = [f"{name}-{i}" if twice else name for i, name in enumerate(names, 1)]
+        self.names = [d.meta["name"] for d in data]
+        if len(set(self.names)) < len(data):
+            self.names = [f"{name}-{i}" for i, name in enumerate(self.names, 1)]
         self.model = build_model(config, self.domains).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         for layer in self.model.layers if config.compile else ():
@@ -1151,8 +1148,7 @@ class Run:
         groups = [*parameter_groups(self.model), *parameter_groups(self.bitc)]
         self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.step, self.seconds, self.layers, self.probes, self.log = 0, 0.0, [], [], []
-        # Since the last line of the log: the sums of loss, fm, bitc, align, and how many steps.
-        self.sums = torch.zeros(5, device=device)
+        self.sums = [0.0] * 5  # since the last line: loss, fm, bitc, align, and how many steps
         self.began, self.line = time.time(), (time.time(), 0)
 
     def choose(self, rank):
@@ -1162,14 +1158,14 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(self.layers)
         self.add_heads()
+        if rank:
+            return
         entries = {}
         for d, (lam, scores) in enumerate(found):
             entry = {"layers": list(lam), "weights": list(lam.values())}
             entries[self.names[d]] = {**entry, "foga": scores["foga"], "lasp": scores["lasp"]}
-            if rank == 0:
-                report(self.config, self.names[d], lam, scores, self.probes, d)
-        if rank == 0:
-            write_text(self.out / "layers.json", json.dumps(entries, indent=1))
+            report(self.config, self.names[d], lam, scores, self.probes, d)
+        write_text(self.out / "layers.json", json.dumps(entries, indent=1))
 
     def add_heads(self):
         torch.manual_seed(self.config.seed + 1)  # alike in every process
@@ -1192,18 +1188,14 @@ class Run:
             average_gradients([*others, *heads], world)
         # Heads are clipped apart: they must not shrink the model's step.
         norms = [nn.utils.clip_grad_norm_(part, 1.0) for part in (others, heads) if part]
-        good = torch.stack(norms).isfinite().all()
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
-        if self.device.type == "cuda":  # fused AdamW skips the step, and nobody waits to see it
-            self.optimiser.found_inf = (~good).float()
+        if torch.stack(norms).isfinite().all():
             self.optimiser.step()
-        elif good:
-            self.optimiser.step()
+            row = [*torch.stack(terms).tolist(), 1.0]
+            self.sums = [total + x for total, x in zip(self.sums, row, strict=True)]
         self.optimiser.zero_grad(set_to_none=True)
         update_ema(self.ema, self.model, self.step)
-        terms = torch.stack([*terms, torch.ones_like(terms[0])]).detach()
-        self.sums += torch.where(good, terms, torch.zeros_like(terms))
         self.step += 1
 
     @torch.no_grad()
@@ -1213,26 +1205,26 @@ class Run:
             x_t, u = flow_path(held_out.x0, held_out.x1, held_out.t)
             v = self.ema(x_t, held_out.t, held_out.cond)
         val, now = flow_matching_loss(v, u, held_out.scored).mean().item(), time.time()
-        *sums, count = self.sums.tolist()
-        if self.step > self.line[1] and not count:
+        (began, start), (*sums, count) = self.line, self.sums
+        if self.step > start and not count:
             why = "lower --lr, take --dtype float32, or look into the data"
-            raise ValueError(f"no finite gradient since step {self.line[1]}: {why}")
-        pace = (now - self.line[0]) / max(1, self.step - self.line[1])
-        means = [f"{x / count:.5f}" if count and x else "" for x in sums]
-        speed, phase = f"{frames / pace:.0f}" if count else "", 1 + (self.step > self.config.phase1)
-        rate, seconds = f"{self.learning_rate():.3e}", f"{self.seconds + now - self.began:.1f}"
-        self.log.append([self.step, phase, *means, f"{val:.5f}", rate, speed, seconds])
+            raise ValueError(f"no finite gradient since step {start}: {why}")
+        pace = (now - began) / max(1, self.step - start)  # seconds a step
+        row = dict.fromkeys(LOG, "")
+        row |= {"step": self.step, "phase": 1 + (self.step > self.config.phase1)}
+        row |= {"val_fm": f"{val:.5f}", "lr": f"{self.learning_rate():.3e}"}
+        row["seconds"] = f"{self.seconds + now - self.began:.1f}"
+        if count:
+            for name, total in zip(LOG[2:6], sums, strict=True):
+                row[name] = f"{total / count:.5f}" if total else ""
+            row["frames_per_s"] = f"{frames / pace:.0f}"
+        self.log.append(list(row.values()))
         write_table(self.out / "log.csv", LOG, self.log)
-        left = datetime.timedelta(seconds=int(pace * (self.config.steps - self.step)))
-        row = dict(zip(LOG, self.log[-1], strict=True))
         shown = "step fm bitc align val_fm lr frames_per_s".split()
-        print(
-            *(f"{k} {row[k] or '-':>7} " for k in shown),
-            f"{left} left" if count else "",
-            flush=True,
-        )
-        self.line = now, self.step
-        self.sums.zero_()
+        left = datetime.timedelta(seconds=int(pace * (self.config.steps - self.step)))
+        end = f"{left} left" if count else ""
+        print(*(f"{k} {row[k] or '-':>7} " for k in shown), end, flush=True)
+        self.line, self.sums = (now, self.step), [0.0] * 5
 
     def probe(self, clips):
         """clips: a batch of each domain's."""
@@ -1253,9 +1245,8 @@ class Run:
     def save(self):
         """last.pt, by way of a file that is renamed when whole; the one before is previous.pt."""
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {name: getattr(self, name) for name in self.PLAIN}
+        state |= {name: getattr(self, name) for name in (*self.PLAIN, "names", "domains")}
         state |= {"format": CHECKPOINT, "config": dataclasses.asdict(self.config)}
-        state |= {"names": self.names, "domains": self.domains, "sums": self.sums}
         state["seconds"] += time.time() - self.began
         last, part = self.out / "last.pt", self.out / "last.pt.part"
         try:
@@ -1274,7 +1265,6 @@ class Run:
             self.add_heads()
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.sums.copy_(state["sums"])
         self.line = time.time(), self.step
 
 
@@ -1377,22 +1367,21 @@ class Voice:
             *_, self.device, self.autocast = launch(self.config)
             self.model = build_model(self.config, state["domains"]).to(self.device)
             self.model.load_state_dict(state["ema"])
-            self.meta = meta = state["domains"][d]
-            self.tokenizer = Tokenizer(meta["centroids"], meta["codebooks"]).to(self.device)
+            self.meta = state["domains"][d]
+            self.r = TEACHER_FRAMES * self.meta["codebooks"]  # tokens a block
+            tokenizer = Tokenizer(self.meta["centroids"], self.meta["codebooks"])
+            self.tokenizer = tokenizer.to(self.device)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"checkpoint: its settings don't fit its weights ({error})") from None
         self.model.eval().requires_grad_(False)
-        self.r = TEACHER_FRAMES * meta["codebooks"]  # tokens a block
 
     @cached_property
     def teachers(self):
         """The domain's, and the one its units are of. Code runs only if the command line names it."""
         specs = [self.meta["teacher"], self.meta["units_teacher"]]
+        trusted = self.given.get("teacher"), self.given.get("units_teacher")
         for spec in specs:
-            if ":" in spec and spec not in (
-                self.given.get("teacher"),
-                self.given.get("units_teacher"),
-            ):
+            if ":" in spec and spec not in trusted:
                 raise ValueError(f"its teacher is code, and runs only if you say --teacher {spec}")
         made = {s: Teacher(s, self.meta["teacher_layer"]).to(self.device) for s in set(specs)}
         return [made[spec] for spec in specs]
@@ -1408,12 +1397,9 @@ class Voice:
 
     def hear_file(self, path):
         try:
-            wave16, wave24, rate = read_audio(path)
+            return self.hear(*read_audio(path))[:2]
         except ValueError as error:
             raise ValueError(f"{path} {error}") from None
-        if rate < TEACHER_RATE:
-            print(f"note: {path} has a rate of {rate} Hz, so nothing above {rate // 2} Hz is heard")
-        return self.hear(wave16, wave24)[:2]
 
     def speak(self, mel, vocoder="griffinlim"):
         """Normalised mel [n x 15, M] -> sound [n x 3840] at 24 kHz."""
@@ -1451,8 +1437,7 @@ def split_prompt(voice, clip):
     -> mel and tokens of the prompt, mel [m x 15, M] and tokens [m x r] of the rest."""
     mel, tokens = (torch.from_numpy(clip[k]).to(voice.device) for k in ("x1", "tokens"))
     p = int(0.3 * min(clip["real"], voice.config.blocks))
-    a, b = p * FRAMES, p * voice.r
-    return mel[:a], tokens[:b], mel[a:], tokens[b:]
+    return mel[: p * FRAMES], tokens[: p * voice.r], mel[p * FRAMES :], tokens[p * voice.r :]
 
 
 def continued(voice, clip, **how):
@@ -1464,8 +1449,8 @@ def continued(voice, clip, **how):
 def write_wave(path, wave):
     import soundfile
 
+    wave = (wave / wave.abs().max().clamp(min=1)).cpu().numpy()
     try:
-        wave = (wave / wave.abs().max().clamp(min=1)).cpu().numpy()
         soundfile.write(os.fsencode(f"{path}.part"), wave, RATE, format="WAV")
     except RuntimeError as error:  # soundfile's own
         raise OSError(f"{path} can't be written: {error}") from None
@@ -1481,7 +1466,8 @@ def sample_file(given):
         raise ValueError(f"--sample needs --input FILE, --output FILE.wav, a --domain of {which}")
     if os.path.exists(output):
         raise ValueError(f"--output {output}: exists already; nothing is overwritten")
-    write_text(f"{output}.part", "")  # where that can't be, it is said before the work
+    if not os.access(Path(output).parent, os.W_OK):
+        raise ValueError(f"--output {output}: can't be written there")
     voice = Voice(state, names.index(name), given)
     mel, tokens = voice.hear_file(given["input"])
     prompt, heard = voice.hear_file(given["prompt"]) if "prompt" in given else (mel, tokens)
@@ -1500,8 +1486,8 @@ def finish(out, given):
         data = BlockDataset(voice.config.data[d])
         u = max(data.held_out(0), key=lambda u: data.blocks[u])
         made, real, _ = continued(voice, data.clip(u, 0, min(60, data.blocks[u])))
-        for kind, mel in (("sample", made), ("target", real)):
-            write_wave(out / f"{kind}-{name}.wav", voice.speak(mel))
+        write_wave(out / f"sample-{name}.wav", voice.speak(made))
+        write_wave(out / f"target-{name}.wav", voice.speak(real))
     print(f"sound, generated and real: {out}/sample-*.wav, {out}/target-*.wav")
     try:
         print("pictures:", *figures(out))
@@ -1543,6 +1529,39 @@ def measure(voice, mel, tokens):
 
 
 @torch.no_grad()
+def evaluate_domain(voice, data, name):
+    """Generated and real clips, and as many other real ones -> {metric: value}."""
+    need, seconds, made, real, others = max(data.dim, 2 * N_MELS), 0.0, [], [], []
+    clips, rest = (list(held_out_clips(data, voice.config.blocks, i, 3 * need)) for i in (0, 1))
+    print(f"{name}: {len(clips)} held-out clips, and {len(rest)} others", flush=True)
+    for i, clip in enumerate(clips):
+        began = time.time()
+        mel, real_mel, tokens = continued(voice, clip, **{**voice.how, "seed": i})
+        seconds += time.time() - began
+        made.append(measure(voice, mel, tokens))
+        real.append(measure(voice, real_mel, tokens))
+    for clip in rest:
+        others.append(measure(voice, *split_prompt(voice, clip)[2:]))
+    made, real, others = (
+        [np.concatenate(x) for x in zip(*measures, strict=True)]
+        for measures in (made, real, others)
+    )
+    rows = min(len(real[0]), len(others[0]))
+    if rows <= need:
+        why = f"{rows} blocks in each half of what is held out"
+        raise ValueError(f"{name}: {why} give no covariance of {need} values; hold out more")
+    return {
+        "rows": rows,
+        "frechet": frechet(made[0][:rows], real[0][:rows]),
+        "frechet_other_real": frechet(others[0][:rows], real[0][:rows]),
+        "mel_frechet": frechet(made[1][:rows], real[1][:rows]),
+        "mel_frechet_other_real": frechet(others[1][:rows], real[1][:rows]),
+        "unit_error": float(made[2].mean()),
+        "unit_error_recording": float(real[2].mean()),
+        "real_time_factor": seconds / (len(made[0]) * BLOCK),
+    }
+
+
 def evaluate(path, given):
     """A checkpoint's metrics on held-out audio, also into metrics.json beside it. Each Frechet
     distance to the real clips stands beside that of as many other held-out ones; the unit error
@@ -1550,33 +1569,7 @@ def evaluate(path, given):
     state, metrics = load_checkpoint(path), {}
     for d, name in enumerate(state["names"]):
         voice = Voice(state, d, given)
-        data, n = BlockDataset(voice.config.data[d]), voice.config.blocks
-        need, seconds, sounds = max(data.dim, 2 * N_MELS), 0.0, ([], [], [])
-        clips, others = (list(held_out_clips(data, n, part, 3 * need)) for part in (0, 1))
-        print(f"{name}: {len(clips)} held-out clips, and {len(others)} others", flush=True)
-        for i, clip in enumerate(clips):
-            began = time.time()
-            made, real, tokens = continued(voice, clip, **{**voice.how, "seed": i})
-            seconds += time.time() - began
-            sounds[0].append(measure(voice, made, tokens))
-            sounds[1].append(measure(voice, real, tokens))
-        for clip in others:
-            sounds[2].append(measure(voice, *split_prompt(voice, clip)[2:]))
-        made, real, other = ([np.concatenate(x) for x in zip(*s, strict=True)] for s in sounds)
-        rows = min(len(real[0]), len(other[0]))
-        if rows <= need:
-            why = f"{rows} blocks in each half of what is held out"
-            raise ValueError(f"{name}: {why} give no covariance of {need} values; hold out more")
-        metrics[name] = {
-            "rows": rows,
-            "frechet": frechet(made[0][:rows], real[0][:rows]),
-            "frechet_other_real": frechet(other[0][:rows], real[0][:rows]),
-            "mel_frechet": frechet(made[1][:rows], real[1][:rows]),
-            "mel_frechet_other_real": frechet(other[1][:rows], real[1][:rows]),
-            "unit_error": float(made[2].mean()),
-            "unit_error_recording": float(real[2].mean()),
-            "real_time_factor": seconds / (len(made[0]) * BLOCK),
-        }
+        metrics[name] = evaluate_domain(voice, BlockDataset(voice.config.data[d]), name)
     write_text(Path(path).parent / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
 
@@ -1584,11 +1577,11 @@ def evaluate(path, given):
 def read_run(folder):
     """-> config.json, layers.json and the rows of log.csv."""
     try:
-        settings, layers = (
+        config, layers = (
             json.loads((folder / f"{x}.json").read_text()) for x in ("config", "layers")
         )
         with open(folder / "log.csv", errors="surrogateescape") as log:
-            return settings, layers, list(csv.DictReader(log))
+            return config, layers, list(csv.DictReader(log))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: not the folder of a run past its phase I ({error})") from None
 
@@ -1628,8 +1621,8 @@ def figures(folder):
 
     fig, axes = pyplot.subplots(len(chosen), 2, sharey=True, **shape)
     for name, row in zip(chosen, axes, strict=True):
-        files = [folder / f"{kind}-{name}.wav" for kind in ("target", "sample")]
-        mels = [log_mel(read_audio(file)[1][None])[0].T for file in files]
+        sounds = [read_audio(folder / f"{kind}-{name}.wav")[1] for kind in ("target", "sample")]
+        mels = [log_mel(sound[None])[0].T for sound in sounds]
         low, high = mels[0].quantile(torch.tensor([0.05, 0.99]))  # one scale for both
         for ax, mel, kind in zip(row, mels, ("real", "generated"), strict=True):
             area = (0, mel.shape[1] * HOP / RATE, 0, N_MELS)
@@ -1641,16 +1634,28 @@ def figures(folder):
 
 
 def compare(folders):
-    """Prints a table of runs: strategy, seed, held-out loss, layers; metrics where there are any."""
-    print(f"{'run':24}{'select':>10}{'seed':>6}  held-out loss  layers")
+    """Prints what runs came to. Those that differ in the seed alone are taken together: the mean of
+    each figure and, after +-, its standard deviation."""
+    runs, groups = [], collections.defaultdict(list)
     for folder in map(Path, folders):
         config, chosen, log = read_run(folder)
-        layers = "; ".join(f"{name} {entry['layers']}" for name, entry in chosen.items())
-        start = f"{folder!s:24}{config['select']:>10}{config['seed']:>6}"
-        print(f"{start}  {log[-1]['val_fm']:>13}  {layers}")
+        found = {"held-out loss": float(log[-1]["val_fm"])}
         if (folder / "metrics.json").exists():
             for name, row in json.loads((folder / "metrics.json").read_text()).items():
-                print(f"  {name}:", *(f"{k} {v:.4g} " for k, v in row.items()))
+                found |= {f"{name} {metric}": value for metric, value in row.items()}
+        runs.append((config, found))
+        layers = (f"{name} {entry['layers']}" for name, entry in chosen.items())
+        print(f"{folder}: seed {config['seed']}, layers", *layers)
+    first, apart = runs[0][0], {"seed", "out", "resume"}
+    differing = [k for k in first if k not in apart and any(c[k] != first[k] for c, _ in runs)]
+    for config, found in runs:
+        groups[" ".join(named(k, config[k]) for k in differing)].append(found)
+    for label, alike in groups.items():
+        print(f"\n{len(alike)} x {label}")
+        for name in alike[0]:
+            values = [found[name] for found in alike if name in found]
+            deviation = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+            print(f"  {name:36} {np.mean(values):.4g}{deviation}")
 
 
 # ---- 13. Command line ----------------------------------------------------------------------------
@@ -1698,14 +1703,14 @@ def parse(arguments):
     return vars(parser.parse_args(arguments))
 
 
-def call(program, *arguments):
-    """Runs a program beside this file; its progress is seen -> its last line of standard output."""
-    path = Path(__file__).with_name(program)
+def data_prep(*arguments):
+    """Runs data_prep.py beside this file; its progress is seen -> its last line of output."""
+    path = Path(__file__).with_name("data_prep.py")
     if not path.exists():
         raise ValueError(f"{path} is missing; --data takes folders that it has prepared")
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "stdout": subprocess.PIPE}
     env = {**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"}
-    how = {"encoding": "utf-8", "errors": "surrogateescape", "env": env}
-    done = subprocess.run([sys.executable, path, *arguments], stdout=subprocess.PIPE, **how)
+    done = subprocess.run([sys.executable, path, *arguments], env=env, **how)
     if done.returncode:
         sys.exit(done.returncode)  # it said why
     return done.stdout.splitlines()[-1]
@@ -1713,18 +1718,19 @@ def call(program, *arguments):
 
 def prepared_folder(folder, config, given):
     """The prepared folder for an entry of --data; audio is prepared by data_prep.py, once."""
-    if (Path(folder) / "mel.npy").exists():
-        meta = BlockDataset(folder).meta
-        for k in PREPARATION:
-            if k in given and given[k] != meta[k]:
-                was = f"{folder} was prepared with {meta[k]}; prepare the audio again"
-                raise ValueError(f"{named(k, given[k])}: {was}")
-        return str(folder)
-    arguments = [folder, "--cache", config.cache, "--device", config.device]
+    if not (Path(folder) / "mel.npy").exists():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            why = f"python data_prep.py {folder}, and give --data the folder that it names"
+            raise ValueError(f"--data {folder}: not prepared yet; before torchrun, once: {why}")
+        flags = [(f"--{k.replace('_', '-')}", getattr(config, k)) for k in PREPARATION]
+        flags += [("--cache", config.cache), ("--device", config.device)]
+        return data_prep(folder, *(str(x) for pair in flags for x in pair))
+    meta = BlockDataset(folder).meta
     for k in PREPARATION:
-        arguments += [f"--{k.replace('_', '-')}", str(getattr(config, k))]
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1  # processes that would all prepare
-    return call("data_prep.py", *arguments, *(["--find"] if many else []))
+        if k in given and given[k] != meta[k]:
+            was = f"{folder} was prepared with {meta[k]}; prepare the audio again"
+            raise ValueError(f"{named(k, given[k])}: {was}")
+    return str(folder)
 
 
 def lock(path):
@@ -1748,13 +1754,11 @@ def lock(path):
 def resumed(given):
     """--resume: the stored settings with the flags given, and the newest whole checkpoint."""
     out = Path(given.get("out", ""))
-    if "out" not in given or not (out / "config.json").exists():
-        raise ValueError(f"--resume: no run in --out {given.get('out', '')!r}")
     try:
         stored = json.loads((out / "config.json").read_text())
         config = Config(**{**stored, **given})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{out / 'config.json'}: not a run's settings ({error})") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"--resume: no run's settings in --out {out} ({error})") from None
     free = "data device dtype compile eval_every save_every resume cache out".split()
     for k in given.keys() & stored.keys() - set(free):
         if given[k] != stored[k]:
@@ -1803,7 +1807,7 @@ def run_training(given):
     check(config)
     rank, world, device, _ = launch(config)
     if not config.data:
-        toy = call("data_prep.py", "--toy", str(Path(config.cache) / "toy-audio"))
+        toy = data_prep("--toy", str(Path(config.cache) / "toy-audio"))
         config.data = [f"{toy}/toy-speech", f"{toy}/toy-sounds"]
     config.data = [prepared_folder(folder, config, given) for folder in config.data]
     if before and config.data != list(before):
@@ -1815,9 +1819,8 @@ def run_training(given):
         config.out = config.out if before else new_folder(config, [m["name"] for m in metas])
         held = lock(Path(config.out) / ".lock")
         for m in metas:
-            print(
-                f"domain {m['name']}: {m['hours']:.2f} h, teacher {m['teacher']}, {m['units']} units"
-            )
+            size = f"{m['hours']:.2f} h, teacher {m['teacher']}, {m['units']} units"
+            print(f"domain {m['name']}: {size}")
         phase1 = f"phase I to step {config.phase1}, a probe every {config.every}"
         size = f"{config.layers} layers of width {config.dim} on {world} x {device.type}"
         print(f"{size}; {phase1}; run folder {config.out}", flush=True)

@@ -220,7 +220,7 @@ class Listener:
         """-> waveform at 16 kHz, mel [n x 15, M]; or the reason why not. Runs in a thread."""
         path, start, blocks = window
         try:
-            wave16, wave24, _ = agrepa.read_audio(os.path.join(self.folder, path), start, blocks)
+            wave16, wave24 = agrepa.read_audio(os.path.join(self.folder, path), start, blocks)
             mel = agrepa.log_mel(wave24[None])[0]
             return (wave16, mel) if mel.half().isfinite().all() else "gives a mel that isn't finite"
         except ValueError as error:
@@ -557,7 +557,6 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=text, argument_default=argparse.SUPPRESS)
     parser.add_argument("audio", nargs="?", help="folder of audio")
     parser.add_argument("--out", help="the prepared folder (default: one in --cache)")
-    parser.add_argument("--find", action="store_true", help="only say which it is, if prepared")
     parser.add_argument("--download", metavar="PART", help="first fetch this part of LibriTTS")
     parser.add_argument("--toy", metavar="DIR", help="synthesise the toy corpus into this folder")
     agrepa.add_flags(parser, [*agrepa.PREPARATION, "device", "cache"])
