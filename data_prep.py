@@ -15,6 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import argparse
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -91,20 +92,18 @@ def scan(folder, files):
 
     usable, skipped = {}, []
     for path, *_ in progress(files, "headers read"):
-        reason = ""
         try:
             info = soundfile.info(os.fsencode(os.path.join(folder, path)))
             blocks = int(info.frames / info.samplerate / BLOCK + 1e-6)
             if info.samplerate < 4000 or blocks > 2**24:
-                reason = f"claims {info.frames} samples at {info.samplerate} Hz; 4 kHz at least"
-            elif blocks < 1:
-                reason = f"is shorter than a block of {BLOCK} s"
-        except (RuntimeError, OSError, ZeroDivisionError) as error:  # soundfile's own is the first
-            reason = f"can't be read ({error})"
-        if reason:
-            skipped.append({"path": path, "reason": reason})
-        else:
+                raise ValueError(f"claims {info.frames} samples at {info.samplerate} Hz")
+            if blocks < 1:
+                raise ValueError(f"is shorter than a block of {BLOCK} s")
             usable[path] = blocks
+        except ValueError as error:
+            skipped.append({"path": path, "reason": str(error)})
+        except (RuntimeError, OSError, ZeroDivisionError) as error:  # soundfile's own is the first
+            skipped.append({"path": path, "reason": f"can't be read ({error})"})
     return usable, skipped
 
 
@@ -179,17 +178,24 @@ class Listener:
         self.folder, self.config = folder, config
         self.threads = ThreadPoolExecutor(min(8, os.cpu_count() or 2))
         *_, self.device, self.autocast = agrepa.launch(config)
-        self.teacher = agrepa.Teacher(config.teacher, config.teacher_layer).to(self.device)
-        self.units_teacher = self.teacher
-        if config.units_teacher not in ("", config.teacher):
-            other = agrepa.Teacher(config.units_teacher, config.teacher_layer)
-            self.units_teacher = other.to(self.device)
+        specs = [config.teacher, config.units_teacher or config.teacher]
+        made = {s: agrepa.Teacher(s, config.teacher_layer).to(self.device) for s in set(specs)}
+        self.teacher, self.units_teacher = (made[spec] for spec in specs)
 
     def read(self, window):
         """-> waveform at 16 kHz [n x 2560], mel. Raises ValueError with the reason why not."""
         path = os.path.join(self.folder, window.path)
         wave16, wave24 = agrepa.read_audio(path, window.start, window.blocks)
         return wave16, agrepa.log_mel(wave24[None])[0]
+
+    def read_ahead(self, batches):
+        """-> each batch and its readings, which threads make while the teacher hears the one before."""
+        coming = collections.deque()
+        for batch in batches:
+            coming.append((batch, [self.threads.submit(self.read, window) for window in batch]))
+            if len(coming) > 2:
+                yield coming.popleft()
+        yield from coming
 
     def features(self, teacher, wave):
         bundle = hasattr(teacher.net, "extract_features")  # torchaudio's transformers
@@ -199,10 +205,9 @@ class Listener:
             except (RuntimeError, TypeError, LookupError) as error:
                 raise ValueError(f"the teacher fails on {list(wave.shape)}: {error}") from None
 
-    def hear(self, batch):
+    def hear(self, batch, readings):
         """-> of each window that can be used: itself, its mel [n x 15, M], the teacher's features
         [n x 8, dim] and those that units are made of [n x 8, d]; and why the others can't."""
-        readings = [self.threads.submit(self.read, window) for window in batch]
         sounds, heard, skipped = [], [], []
         for window, reading in zip(batch, readings, strict=True):
             try:
@@ -245,11 +250,13 @@ def fit_units(batches, listener):
     [units, d], or [units, d + M] with two codebooks."""
     config, streams, frames = listener.config, [], 0
     training = [batch for batch in batches if not batch[0].held_out]
-    for i in np.random.default_rng(0).permutation(len(training)):
-        if frames < config.units * FRAMES_A_UNIT:
-            for _, mel, _, x in listener.hear(training[i])[0]:
-                streams.append(agrepa.Tokenizer.streams(x[None], mel[None], config.codebooks))
-                frames += len(x)
+    order = np.random.default_rng(0).permutation(len(training))
+    for batch, readings in listener.read_ahead(training[i] for i in order):
+        if frames >= config.units * FRAMES_A_UNIT:
+            break
+        for _, mel, _, x in listener.hear(batch, readings)[0]:
+            streams.append(agrepa.Tokenizer.streams(x[None], mel[None], config.codebooks))
+            frames += len(x)
     if not streams:
         raise ValueError(f"--data {listener.folder}: nothing usable to make units of")
     books = [torch.cat(book, 1)[0] for book in zip(*streams, strict=True)]
@@ -264,11 +271,8 @@ def write_rows(path, row, x):
     x = x.cpu().numpy()
     try:
         array = np.load(path, mmap_mode="r")
-        fits = array.shape[1:] == x.shape[1:]
     except (ValueError, EOFError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{path} is damaged; delete {path.parent} and start anew")
+        raise ValueError(f"{path} is damaged; delete {path.parent} and start anew") from None
     with open(path, "r+b") as f:
         f.seek(array.offset + row * array[:1].nbytes)
         f.write(x.astype(array.dtype).tobytes())
@@ -285,8 +289,9 @@ def fill(part, windows, listener, state):
         open_memmap(part / "teacher.npy", "w+", "<f2", (n, listener.teacher.dim))
         open_memmap(part / "tokens.npy", "w+", "<u2", (n, TEACHER_FRAMES * config.codebooks))
     tokenizer = agrepa.Tokenizer(np.load(part / "units.npy"), config.codebooks).to(listener.device)
-    for batch in progress(batches[state["batches"] :], "batches"):
-        heard, skipped = listener.hear(batch)
+    todo = progress(batches[state["batches"] :], "batches")
+    for batch, readings in listener.read_ahead(todo):
+        heard, skipped = listener.hear(batch, readings)
         for window, mel, features, unit_features in heard:
             pooled = features.unflatten(0, (-1, TEACHER_FRAMES)).mean(1)
             ids = tokenizer(unit_features[None], mel[None])
@@ -456,8 +461,7 @@ def strike(rng, seconds):
 
 
 def toy(folder):
-    """Eight voices and 120 recordings of sound events, 13 minutes, the same each time -> folder,
-    which holds toy-speech and toy-sounds."""
+    """Speech-like sounds and sound events, 13 minutes, the same each time, in two folders of it."""
     import soundfile
 
     folder = Path(folder)
@@ -509,10 +513,7 @@ def run(given):
         LIBRITTS(audio.parent, given["download"], download=True)
     if not audio.is_dir():
         raise ValueError(f"--data {audio}: no such folder")
-    if "out" in given:
-        print(prepare(audio, given["out"], config))
-    else:
-        print(prepared(audio, config))
+    print(prepare(audio, given["out"], config) if "out" in given else prepared(audio, config))
 
 
 if __name__ == "__main__":
