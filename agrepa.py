@@ -10,7 +10,7 @@ The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
  2  velocity model      Eqs. 7, 15   VelocityModel, Condition, interleave
  3  teacher             T(x)         Teacher, log_mel, Tokenizer
  4  token interface     Eqs. 3 to 5  pool, BiTC, bitc_loss
- 5  store               Eq. 6        lasp
+ 5  store               Eq. 6        lasp, cka
  6  contribute          Eqs. 8, 9    fog_a
  7  selection           Eqs. 10, 11  select_layers
  8  alignment           Eq. 12       capture, AlignmentHeads, agrepa_loss
@@ -359,6 +359,19 @@ def bitc_loss(s, kept):
 def lasp(hidden, bitc, T_x, mask=None):
     """hidden {k: [B, T, D]}, bitc a domain's head, T_x [B, dim], mask [B, T] -> [L, B], ascending."""
     return torch.stack([bitc(hidden[k], T_x, mask) for k in sorted(hidden)])
+
+
+def cka(h, T_x):
+    """Beside Eq. 6, which asks for the tokens' own basis: centred kernel alignment, for any basis, and
+    without the bias of few rows (Song et al. 2012). h [n, D], T_x [n, dim] -> scalar, at most 1."""
+
+    def hsic(K, L):
+        n = len(K)
+        means = K.sum() * L.sum() / (n - 1) - 2 * K.sum(0) @ L.sum(0)
+        return (K * L).sum() + means / (n - 2)
+
+    K, L = ((x.float() @ x.float().T).fill_diagonal_(0) for x in (h, T_x))
+    return hsic(K, L) / (hsic(K, K) * hsic(L, L)).sqrt()
 
 
 # ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ----------------------------------------------
@@ -879,6 +892,7 @@ def prefetch(make, first):
 
 PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
 STRATEGIES = "foga", "lasp", "gradnorm", "random", "none"
+PROBED = "foga lasp gradnorm cka".split()
 LOG = "step phase loss fm bitc align val_fm lr frames_per_s seconds".split()
 
 
@@ -1026,24 +1040,27 @@ def losses(model, bitc, heads, layers, batch, config):
 def probe(model, bitc, batch):
     """What each layer stores and contributes, on fixed clips of one domain at each of PROBE_TIMES,
     in eval mode and float32: scores are differences of close numbers. bitc: the domain's head.
-    -> foga, lasp, and gradnorm, the norm of L_FM's gradient: each [L][times]."""
+    -> PROBED: FoG-A, LASP, the norm of L_FM's gradient, CKA over blocks; each [L][times]."""
     training, mask = model.training, spread(batch.cond.mask, batch.x1.shape[1])
-    T_x, columns = pool(batch.teacher[0], batch.cond.mask), []
+    L, teacher, columns = len(model.layers), batch.teacher[0], []
+    T_x = pool(teacher, batch.cond.mask)
+    real = torch.ones_like(teacher[..., 0]).bool() if mask is None else batch.cond.mask
     model.eval()
     for now in PROBE_TIMES:
         t = torch.full_like(batch.t, now)
         x_t, u = flow_path(batch.x0, batch.x1, t)
         foga = fog_a(model, model.layers, x_t, t, batch.cond).mean(1)
-        with capture(model.layers, range(1, len(model.layers) + 1)) as hidden:
+        with capture(model.layers, range(1, L + 1)) as hidden:
             v = model(x_t, t, batch.cond)
         store = lasp(hidden, bitc, T_x, mask).mean(1)
         loss = flow_matching_loss(v, u, mask).mean()
         gradients = torch.autograd.grad(loss, list(model.layers.parameters()))
-        norms = torch.stack([g.norm() for g in gradients]).view(len(model.layers), -1).norm(dim=1)
-        columns.append(torch.stack([foga, store, norms]))
+        norms = torch.stack([g.norm() for g in gradients]).view(L, -1).norm(dim=1)
+        blocks = [pool(hidden[k].detach().unflatten(1, (-1, FRAMES)))[real] for k in sorted(hidden)]
+        kernel = torch.stack([cka(h, teacher[real]) for h in blocks])
+        columns.append(torch.stack([foga, store, norms, kernel]))
     model.train(training)
-    foga, store, norms = torch.stack(columns, -1).tolist()
-    return {"foga": foga, "lasp": store, "gradnorm": norms}
+    return dict(zip(PROBED, torch.stack(columns, -1).tolist(), strict=True))
 
 
 def choose(config, probes, d):
@@ -1067,11 +1084,11 @@ def choose(config, probes, d):
 def report(config, name, lam, scores, probes, d):
     """Prints what a domain's layers store and contribute, which are chosen, and how surely."""
     print(f"\n{name}: mean of the probes after step {config.phase1 // 2}, to {probes[-1]['step']}")
-    print("layer   FoG-A    LASP  grad norm  lambda")
-    columns = scores["foga"], scores["lasp"], scores["gradnorm"]
+    print("layer   FoG-A    LASP  grad norm     CKA  lambda")
+    columns = (scores[name] for name in PROBED)
     for k, row in enumerate(zip(*columns, strict=True), 1):
         chosen = f"  {lam[k]:6.3f}  chosen" if k in lam else ""
-        print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + chosen)
+        print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}  {:6.3f}".format(k, *row) + chosen)
     if config.select != "foga":
         return
     best, K = sorted([*scores["foga"], 0.0], reverse=True), config.top_k
@@ -1163,7 +1180,7 @@ class Run:
         entries = {}
         for d, (lam, scores) in enumerate(found):
             entry = {"layers": list(lam), "weights": list(lam.values())}
-            entries[self.names[d]] = {**entry, "foga": scores["foga"], "lasp": scores["lasp"]}
+            entries[self.names[d]] = {**entry, **{name: scores[name] for name in PROBED}}
             report(self.config, self.names[d], lam, scores, self.probes, d)
         write_text(self.out / "layers.json", json.dumps(entries, indent=1))
 
@@ -1240,7 +1257,7 @@ class Run:
                     means = [("", *np.mean(at, axis=1))]  # an empty t is the mean over t
                     for t, *row in [*zip(PROBE_TIMES, *at, strict=True), *means]:
                         rows.append([p["step"], name, k, t, *(f"{x:.6g}" for x in row)])
-        write_table(self.out / "probe.csv", "step domain layer t foga lasp gradnorm".split(), rows)
+        write_table(self.out / "probe.csv", ["step", "domain", "layer", "t", *PROBED], rows)
 
     def save(self):
         """last.pt, by way of a file that is renamed when whole; the one before is previous.pt."""
@@ -1603,9 +1620,11 @@ def figures(folder):
     for (name, entry), (store, contribute) in zip(chosen.items(), axes, strict=True):
         layers = range(1, len(entry["foga"]) + 1)
         colours = ["#1f4e79" if k in entry["layers"] else "#b4c4d4" for k in layers]
-        store.barh(layers, entry["lasp"], color="#e0a030")
+        store.barh([k - 0.2 for k in layers], entry["lasp"], 0.4, color="#e0a030", label="LASP")
+        store.barh([k + 0.2 for k in layers], entry["cka"], 0.4, color="#b4c4d4", label="CKA")
+        store.legend()
         contribute.barh(layers, entry["foga"], color=colours)
-        store.set(title=f"{name}: stores", xlabel="LASP (cosine)", ylabel="layer", yticks=layers)
+        store.set(title=f"{name}: stores", xlabel="likeness", ylabel="layer", yticks=layers)
         contribute.set(title="contributes (dark: chosen)", xlabel="FoG-A (relative change)")
     axes[0, 0].invert_yaxis()
     fig.savefig(made[0])

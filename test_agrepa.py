@@ -38,7 +38,15 @@ from torch.utils.checkpoint import checkpoint
 import agrepa
 import data_prep
 from agrepa import AlignmentHeads, BiTC, BlockDataset, Condition, Config, N_MELS, Teacher
-from agrepa import Tokenizer, VelocityModel, agrepa_loss, bitc_loss, capture, flow_matching_loss
+from agrepa import (
+    Tokenizer,
+    VelocityModel,
+    agrepa_loss,
+    bitc_loss,
+    capture,
+    cka,
+    flow_matching_loss,
+)
 from agrepa import flow_path, fog_a, interleave, lasp, log_mel, losses, mel_to_wave, pool
 from agrepa import resynthesise, sample, select_layers
 
@@ -541,6 +549,15 @@ def test_lasp_uses_the_shared_head_and_leaves_it_untouched():
     assert_close(score[0], score[1], atol=1e-3, rtol=0)  # neither scale nor offset counts
     assert not score.requires_grad
     assert all(torch.equal(p, before[name]) for name, p in head.state_dict().items())
+
+
+def test_cka_sees_likeness_in_any_basis_and_none_by_chance():
+    h = torch.randn(40, 6)
+    turn, _ = torch.linalg.qr(torch.randn(6, 6))
+    assert_close(cka(h, 3 * h @ turn + 5), torch.tensor(1.0), atol=1e-3, rtol=0)
+    strangers = [cka(torch.randn(20, 30), torch.randn(20, 50)).item() for _ in range(50)]
+    assert abs(np.mean(strangers)) < 0.05  # with its bias: over .5
+    assert cka(h, torch.cat([h[:, :3], torch.randn(40, 3)], 1)) > 0.3
 
 
 def test_selection():
@@ -1413,7 +1430,7 @@ def test_a_run_writes_its_folder(folders, tmp_path):
     assert [r["phase"] for r in log] == ["1", "1", "1", "2", "2"]
     assert log[1]["align"] == "" and float(log[-1]["align"]) > 0
     assert float(log[-1]["val_fm"]) < float(log[0]["val_fm"])
-    assert list(probes[0]) == "step domain layer t foga lasp gradnorm".split()
+    assert list(probes[0]) == "step domain layer t foga lasp gradnorm cka".split()
     assert len(probes) == 3 * 2 * 4 * 6
     assert list(layers) == list(found) == ["one", "two"]
     for name, entry in layers.items():
