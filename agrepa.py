@@ -61,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 RATE, HOP, N_MELS = 24_000, 256, 100  # Vocos 24 kHz mel format
 TEACHER_RATE = 16_000  # HuBERT's
@@ -401,7 +401,7 @@ def differ(a, b, tolerance=1e-3):
     for x, y in zip(tensors(a), tensors(b), strict=True):
         x, y = x.float(), y.float()
         change = torch.where((x == y) | (x.isnan() & y.isnan()), 0, x - y)
-        if not change.norm() <= tolerance * x[x.isfinite()].norm():
+        if change.any() and not change.norm() <= tolerance * x[x.isfinite()].norm():
             return True
     return False
 
@@ -412,27 +412,24 @@ def relative_change(v, v_k, eps):
     return (v_k - v).norm(dim=1) / (v.norm(dim=1) + eps)
 
 
-def matching_inputs(args, kwargs, output):
-    """Eq. 7 with m_k = 0: for each tensor that a block returns, its one input of that shape."""
-    inputs = {id(x): x for x in tensors((args, kwargs))}
-
-    def match(x):
-        found = [i for i, y in inputs.items() if y.shape == x.shape]
-        if len(found) != 1:
-            which = f"a tensor of shape {list(x.shape)} and takes {len(found)} of it"
-            raise ValueError(f"returns {which}: {SAY_SKIP}")
-        return inputs.pop(found[0]).to(x.dtype)
-
-    for x in tree_leaves(output):
-        if not isinstance(x, (torch.Tensor, int, float, type(None))):
-            raise ValueError(f"returns a {type(x).__name__}: {SAY_SKIP}")
-    return tree_map_only(torch.Tensor, match, output)
+def inputs_in_place(calls, k):
+    """For each output of block k, its own input at the place where the next block takes that output
+    in: what it hands on when closed (Eq. 7 with m_k = 0). None for those that don't arrive as they
+    were, or in several places with different inputs. calls: each block's inputs and output."""
+    giver = min(k, max(0, len(calls) - 2))  # the last block is taken to be like the one before
+    taken, found = tree_leaves(calls[min(giver + 1, len(calls) - 1)][0]), []
+    for x in tree_leaves(calls[giver][1]):
+        pairs = zip(tree_leaves(calls[k][0]), taken, strict=False)
+        own = [mine for mine, y in pairs if torch.is_tensor(x) and not differ(x, y, 0.01)]
+        same = own and not any(differ(own[0], mine, 0) for mine in own)
+        found.append(own[0] if same else None)
+    return found
 
 
-SAY_SKIP = "say what it returns when closed, skip=lambda args, kwargs, output: ..."
-ELSEWHERE = (
-    "takes something else than the block before returned: say with skip=lambda args, kwargs, output: "
-    "... what a closed one returns, args[0], or 0 * output where its caller adds the residual"
+CHANGED = (
+    "returns something that the next block doesn't take in as it is: say with skip=lambda args, "
+    "kwargs, output: ... what it returns when closed, args[0], or 0 * output where its caller adds "
+    "the residual"
 )
 UNREPEATABLE = (
     "gives other numbers when the same pass runs again: it draws random numbers that can't be "
@@ -443,7 +440,7 @@ UNREPEATABLE = (
 class Gates:
     """Answers for the blocks' forward. The pass "open" keeps what each takes and returns. In "again"
     all hand that on, the first and last of each kind compute it anew, and nothing may differ. In a
-    block's own pass those below it hand on, it skips itself, and those above compute."""
+    block's own pass those below it hand on, it hands on its input, and those above compute."""
 
     def __init__(self, blocks, skip):
         self.blocks, self.skip, self.calls = list(blocks), skip, {}
@@ -465,9 +462,9 @@ class Gates:
             return self.keep(block, compute, args, kwargs)
         given, kept = self.calls[block]
         if self.now is block:
-            self.closed = True
-            return self.hand_on(block, args, kwargs, kept)
-        if self.closed:
+            self.above = True
+            return copied(self.closed[block])
+        if self.above:
             return compute(*args, **kwargs)
         if self.now == "again":
             output = compute(*args, **kwargs) if block in self.samples else kept
@@ -482,22 +479,33 @@ class Gates:
             self.refuse(block, "runs twice: let velocity() be one pass of the model")
         if differ(given, (args, kwargs), 0):
             self.refuse(block, "writes into its own input; let it return a new tensor")
-        closed = tensors(self.hand_on(block, args, kwargs, output))
-        if self.calls and self.skip is matching_inputs:
-            below = tensors(list(self.calls.values())[-1][1])
-            if any(all(differ(x, y, 0.01) for y in below) for x in closed):
-                self.refuse(block, ELSEWHERE)
         self.calls[block] = given, copied(output)
         return output
 
-    def hand_on(self, block, args, kwargs, kept):
+    def close(self, block):
         """What the block returns when closed."""
+        calls, k = list(self.calls.values()), list(self.calls).index(block)
+        (args, kwargs), output = calls[k]
+        leaves, form = tree_flatten(output)
+        own = inputs_in_place(calls, k)
+        own += [None] * (len(leaves) - len(own))
+        if self.skip is None:
+            for i, x in enumerate(leaves):
+                if not isinstance(x, (torch.Tensor, int, float, type(None))):
+                    self.refuse(block, f"returns a {type(x).__name__}; {CHANGED}")
+                if shapes(x) and shapes(own[i]) != shapes(x):
+                    self.refuse(block, CHANGED)
+                leaves[i] = own[i].to(x.dtype) if torch.is_tensor(x) else x
+            return tree_unflatten(leaves, form)
         try:
-            closed = copied(self.skip(args, kwargs, copied(kept)))
+            closed = copied(self.skip(args, kwargs, copied(output)))
         except (ValueError, LookupError, TypeError) as error:
             self.refuse(block, f"{error} (its inputs: {shapes(args)}, {list(kwargs)})")
-        if shapes(closed) != shapes(kept):
-            self.refuse(block, f"returns {shapes(kept)}, but when closed {shapes(closed)}")
+        if shapes(closed) != shapes(output):
+            self.refuse(block, f"returns {shapes(output)}, but when closed {shapes(closed)}")
+        for x, y in zip(tree_leaves(closed), own, strict=False):
+            if shapes(x) and shapes(y) and differ(x, y, 0.01):
+                self.refuse(block, "is closed by skip= with something else than its own input")
         return closed
 
 
@@ -507,14 +515,14 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
 
     velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, each of which returns its own
     sum h + f(h) to be the next one's input. skip(args, kwargs, output) says what a closed block
-    returns, where that is not so or where shapes can't tell which input is the hidden state.
+    returns where that is not so.
     Modules run in eval mode, and each pass sees the same random numbers. Raises ValueError, with
     the block's number, where a score would mean nothing.
     """
-    gates = Gates(blocks, skip or matching_inputs)
+    gates = Gates(blocks, skip)
 
     def run(now):
-        gates.now, gates.closed = now, False
+        gates.now, gates.above = now, False
         random.seed(0)
         torch.manual_seed(0)
         v = velocity(*copied(inputs))
@@ -544,12 +552,13 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
         for block in gates.blocks:
             if block not in gates.calls:
                 gates.refuse(block, "never ran in velocity(), as a bare ModuleList never does")
+        gates.closed = {block: gates.close(block) for block in gates.calls}
         if differ(v, run("again")):
             raise ValueError(f"fog_a: velocity() {UNREPEATABLE}")
         scores = {}
         for block in reversed(gates.calls):  # what a block leaves in an attribute is then v's
             v_k = run(block)
-            if not gates.closed:
+            if not gates.above:
                 gates.refuse(block, "runs inside another block")
             scores[block] = relative_change(v, v_k, eps)
         return torch.stack([scores[block] for block in gates.blocks])
@@ -763,8 +772,13 @@ class BlockDataset:
         if meta["format"] != FORMAT:
             raise ValueError("another version made it")
         inside = (self.first >= 0) & (self.blocks > 0) & (self.first + self.blocks <= n)
+        texts = [meta[k] for k in ("name", "teacher", "units_teacher")]
         whole = (
-            types == ["<f2", "<u2", "<f2", "<f4", "<i8"]
+            all(isinstance(text, str) for text in texts)
+            and isinstance(meta["hours"] * meta["teacher_layer"], float)
+            and Path(meta["name"]).name == meta["name"]  # it becomes part of file names
+            and np.isfinite(self.centre).all()
+            and types == ["<f2", "<u2", "<f2", "<f4", "<i8"]
             and self.mel.shape == (n, FRAMES, N_MELS)
             and self.tokens.shape == (n, ids)
             and self.teacher.shape == (n, self.dim)
@@ -1224,8 +1238,9 @@ class Run:
         val, now = flow_matching_loss(v, u, held_out.scored).mean().item(), time.time()
         (began, start), (*sums, count) = self.line, self.sums
         if self.step > start and not count:
-            why = "lower --lr, take --dtype float32, or look into the data"
-            raise ValueError(f"no finite gradient since step {start}: {why}")
+            # Steps without one change nothing: the loss tells whether it was good until then.
+            why = "look into the data, or take --dtype float32" if val < 10 else "lower --lr"
+            raise ValueError(f"no finite gradient since step {start}, loss {val:.3g}: {why}")
         pace = (now - began) / max(1, self.step - start)  # seconds a step
         row = dict.fromkeys(LOG, "")
         row |= {"step": self.step, "phase": 1 + (self.step > self.config.phase1)}

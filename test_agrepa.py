@@ -294,42 +294,60 @@ def test_fog_a_takes_any_output_whose_shapes_tell(give):
 
 
 UNCLEAR = {
-    "takes 2 of it": lambda h, c: (h, c),
-    r"\[2, 5, 3\] and takes 0": lambda h, c: h[..., :3],
-    "returns a str": lambda h, c: (h, "text"),
-    "returns a object": lambda h, c: (h, object()),
+    "a second stream that nobody takes": lambda h, c: (h, c),
+    "another width": lambda h, c: h[..., :3],
+    "text": lambda h, c: (h, "text"),
+    "an object": lambda h, c: (h, object()),
 }
 
 
-@pytest.mark.parametrize("why", UNCLEAR)
-def test_fog_a_refuses_outputs_that_do_not_tell(why):
-    a, b, c = Block(), Block(UNCLEAR[why]), state()
-    with pytest.raises(ValueError, match=f"fog_a: block 2 .*{why}.*skip="):
+@pytest.mark.parametrize("give", UNCLEAR.values(), ids=UNCLEAR)
+def test_fog_a_refuses_outputs_that_do_not_tell(give):
+    a, b, c = Block(), Block(give), state()
+    with pytest.raises(ValueError, match="fog_a: block 2 returns .*skip="):
         fog_a(lambda h: tree_leaves(b(a(h), c))[0], [a, b], state())
+    with pytest.raises(ValueError, match="fog_a: block 1 returns .*skip="):
+        fog_a(a, [a], state())  # no other block tells what a closed one returns
 
 
-def test_fog_a_takes_two_streams_of_one_length_with_skip():
-    class Joint(Block):
-        def forward(self, h, c):
-            return c + self.f(h), h + self.f(c)
+class Joint(Block):
+    """Two streams; the last block lets the first of them fall."""
 
+    last = False
+
+    def forward(self, c, h):
+        return None if self.last else c + self.f(h), h + self.f(c)
+
+
+def test_fog_a_takes_two_streams_of_one_length():
     blocks, inputs = three(Joint), torch.randn(2, 2, 5, 4)
+    blocks[-1].last = True
 
-    def velocity(h, c):
+    def velocity(c, h):
         for block in blocks:
-            c, h = block(h, c)
+            c, h = block(c, h)
         return h
 
-    with pytest.raises(ValueError, match="fog_a: block 1 .*takes 2 .*skip="):
-        fog_a(velocity, blocks, *inputs)
-    assert_right(velocity, blocks, *inputs, skip=lambda args, kwargs, output: args[::-1])
+    def own(args, kwargs, output):
+        return None if output[0] is None else args[0], args[1]
+
+    expected = by_hand(velocity, blocks, *inputs, skip=own)
+    assert_close(fog_a(velocity, blocks, *inputs), expected)
+    assert_close(fog_a(velocity, blocks, *inputs, skip=own), expected)
+    for wrong in (
+        lambda args, kwargs, output: (None if output[0] is None else args[1], args[0]),
+        lambda args, kwargs, output: (output[0], args[1]),
+        lambda args, kwargs, output: [None if x is None else 0 * x for x in output],
+    ):
+        with pytest.raises(ValueError, match="block 1 is closed by skip= with something else"):
+            fog_a(velocity, blocks, *inputs, skip=wrong)
 
 
 @pytest.mark.parametrize("gate", [1, 0.3])
 def test_fog_a_refuses_residuals_added_by_the_caller_but_for_skip(gate):
     blocks, h = three(lambda: nn.Linear(4, 4)), state()
     velocity = chain(blocks, lambda block, h: h + gate * block(h))
-    with pytest.raises(ValueError, match="fog_a: block 2 takes something else .*0 [*] output"):
+    with pytest.raises(ValueError, match="fog_a: block 1 returns something .*0 [*] output"):
         fog_a(velocity, blocks, h)
     assert_right(velocity, blocks, h, skip=lambda args, kwargs, output: 0 * output)
 
@@ -342,7 +360,7 @@ def test_fog_a_takes_glue_that_writes_in_place_but_no_block_that_does():
 
     blocks, h = three(), state()
     glue = chain(blocks, lambda block, h: block(h).add_(1))
-    with pytest.raises(ValueError, match="fog_a: block 2 takes something else"):
+    with pytest.raises(ValueError, match="fog_a: block 1 returns something"):
         fog_a(glue, blocks, h)
     # What a closed block returns is no alias of h.
     assert_right(lambda h: glue(h) + h, blocks, h, skip=lambda args, kwargs, output: args[0])
@@ -386,7 +404,7 @@ def test_fog_a_refuses_lists_of_blocks_that_mean_nothing():
         ([a, nn.ModuleList([b])], chain([a, b]), "block 2 never ran .* ModuleList"),
         ([], a, "there are no blocks"),
         ([a, b], a, "block 2 never ran"),
-        ([outer, a], chain([outer, b]), "block 1 takes something else"),
+        ([outer, a], chain([outer, b]), "block 2 returns something"),
         (
             [a, b],
             lambda h: a(b(h)) if next(turns) == "a" else b(a(h)),
@@ -415,7 +433,7 @@ def test_fog_a_refuses_branches_in_place_of_blocks():
             h = h + f(norm(h))
         return h
 
-    with pytest.raises(ValueError, match="fog_a: block 2 takes something else"):
+    with pytest.raises(ValueError, match="fog_a: block 1 returns something"):
         fog_a(velocity, branches, h)
     assert_right(velocity, branches, h, skip=lambda args, kwargs, output: 0 * output)
 
@@ -786,7 +804,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 """
 
 
@@ -844,6 +862,21 @@ def test_the_table_of_sections_tells_the_truth():
         assert equations(" ".join(cited)) == equations(text.splitlines()[0]), row
         for name in names.split(", "):
             assert hasattr(agrepa, name) and name in defined, name
+
+
+def test_readme_maps_equations_to_what_implements_them():
+    rows = re.findall(
+        r"^\| (Eqs?\. .*?) \| .* \| (`.*`) \|$", (HERE / "README.md").read_text(), re.M
+    )
+    assert set.union(*(equations(cited) for cited, _ in rows)) == {*range(1, 13), 15}
+    for cited, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            (home,) = [
+                text
+                for text in sections().values()
+                if re.search(rf"^(def|class) {name}\b", text, re.M)
+            ]
+            assert equations(cited) & equations(home.splitlines()[0]), name
 
 
 # ---- what a close reading found ------------------------------------------------------------------
@@ -1306,6 +1339,9 @@ def test_two_preparations_of_one_folder_do_not_mix(tmp_path, audio):
         lambda meta, folder: meta.update(units=3),
         lambda meta, folder: meta.update(format=2),
         lambda meta, folder: meta.update(codebooks=[1]),
+        lambda meta, folder: meta.update(name="../elsewhere"),
+        lambda meta, folder: meta.update(hours="many"),
+        lambda meta, folder: meta["teacher_mean"].__setitem__(0, math.nan),
         lambda meta, folder: np.save(folder / "mel.npy", np.zeros((3, 15, 100), "<f2")),
         lambda meta, folder: np.save(folder / "tokens.npy", np.load(folder / "tokens.npy") + 99),
         lambda meta, folder: np.save(folder / "utterances.npy", np.array([[0, 10**6]] * 14)),
@@ -1525,8 +1561,11 @@ def test_a_step_that_is_not_finite_changes_nothing(folders, tmp_path, monkeypatc
         for (_, x), (_, y) in zip(tensors(a[part]), tensors(b[part]), strict=True):
             assert torch.equal(x, y)
     calls.extend([1] * 9)
-    with pytest.raises(ValueError, match="lower --lr"):
+    with pytest.raises(ValueError, match="look into the data"):  # the loss is as good as ever
         train(tiny(data=folders[1], steps=10), tmp_path / "other")
+    monkeypatch.setattr(agrepa, "flow_matching_loss", lambda v, *_: 0 * v.mean((1, 2)) + 1e9)
+    with pytest.raises(ValueError, match="lower --lr"):  # the loss had grown before
+        train(tiny(data=folders[1], steps=10), tmp_path / "steep")
 
 
 def test_heads_do_not_shrink_the_step_of_the_model(folders):
