@@ -1105,12 +1105,14 @@ def report(config, name, lam, scores, probes, d):
         print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}  {:6.3f}".format(k, *row) + chosen)
     if config.select != "foga":
         return
-    best, K = sorted([*scores["foga"], 0.0], reverse=True), config.top_k
-    margin = best[K - 1] / max(best[K], 1e-12) - 1
-    print(f"margin: layer {list(lam)[-1]} is {margin:.1%} above the next")
+    foga, K = sorted(scores["foga"], reverse=True), config.top_k
+    if K < config.layers:
+        margin = foga[K - 1] / max(foga[K], 1e-12) - 1
+        print(f"margin: layer {list(lam)[-1]} is {margin:.1%} above the next")
     # Neighbouring probes agree long before the ranking settles: look at the one halfway.
     half = min(probes, key=lambda p: abs(p["step"] - probes[-1]["step"] / 2))
-    common = len(lam.keys() & select_layers(np.mean(half["domains"][d]["foga"], 1), K).keys())
+    led = np.argsort(np.mean(half["domains"][d]["foga"], 1))[-K:] + 1
+    common = len(lam.keys() & set(led.tolist()))
     print(f"{common} of these {K} layers led at step {half['step']}, too")
     if common < K:
         print("warning: the ranking is still moving; more --probe-steps would settle it")
