@@ -1637,11 +1637,11 @@ def figures(folder):
     for (name, entry), (store, contribute) in zip(chosen.items(), axes, strict=True):
         layers = range(1, len(entry["foga"]) + 1)
         colours = ["#1f4e79" if k in entry["layers"] else "#b4c4d4" for k in layers]
-        store.barh([k - 0.2 for k in layers], entry["lasp"], 0.4, color="#e0a030", label="LASP")
-        store.barh([k + 0.2 for k in layers], entry["cka"], 0.4, color="#b4c4d4", label="CKA")
-        store.legend()
+        store.barh([k - 0.2 for k in layers], entry["lasp"], 0.4, color="#e0a030")
+        store.barh([k + 0.2 for k in layers], entry["cka"], 0.4, color="#b4c4d4")
         contribute.barh(layers, entry["foga"], color=colours)
-        store.set(title=f"{name}: stores", xlabel="likeness", ylabel="layer", yticks=layers)
+        store.set(title=f"{name}: stores", xlabel="LASP (yellow), CKA (grey)")
+        store.set(ylabel="layer", yticks=layers)
         contribute.set(title="contributes (dark: chosen)", xlabel="FoG-A (relative change)")
     axes[0, 0].invert_yaxis()
     fig.savefig(made[0])
