@@ -939,6 +939,20 @@ def test_shapes_that_change_from_pass_to_pass_are_refused():
         fog_a(lambda h: block(h, [h]), [block], state())
 
 
+def test_an_output_taken_in_twice_where_inputs_differed_is_refused():
+    a, b = (Block(lambda h, c: h) for _ in range(2))
+    with pytest.raises(ValueError, match="fog_a: block 1 returns something"):
+        fog_a(lambda h: b(*[a(h, torch.ones(2, 5, 4))] * 2), [a, b], state())
+
+
+def test_huge_states_are_not_called_writing():
+    blocks, h = three(), state()
+    small = fog_a(chain(blocks), blocks, h)
+    for block in blocks:
+        block.f.bias.data *= 1e25
+    assert_close(fog_a(lambda h: chain(blocks)(1e25 * h) / 1e25, blocks, h), small)
+
+
 def test_nan_is_not_called_writing():
     blocks = [Block(lambda h, *missing: h) for _ in range(3)]
     missing, h = torch.tensor([float("nan"), 1.0]), state()
