@@ -983,8 +983,10 @@ def check(config):
             raise ValueError(f"{named(name, getattr(config, name))} {why}")
 
     for f in dataclasses.fields(config):
+        value, may_be_0 = getattr(config, f.name), not f.default or "weight" in f.name
+        kinds = {tuple: (tuple, list), float: (float, int)}.get(f.type, f.type)
+        require(isinstance(value, kinds), f.name, f"is no {f.type.__name__}")
         if isinstance(f.default, (int, float)):
-            value, may_be_0 = getattr(config, f.name), not f.default or "weight" in f.name
             good = 0 < value < math.inf or (may_be_0 and value == 0)
             require(good, f.name, f"must be a number {'0 or more' if may_be_0 else 'above 0'}")
     L, most, domains = config.layers, 65536 // config.codebooks, max(1, len(config.data))
@@ -1381,6 +1383,13 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != CHECKPOINT:
             raise ValueError("another version made it")
+        if not {*Run.PARTS, *Run.PLAIN, "names", "domains"} <= state.keys():
+            raise ValueError("parts are missing")
+        check(Config(**state["config"]))
+        for meta in state["domains"]:
+            scaled = math.isfinite(meta["mel_mean"] * meta["mel_std"])
+            if not scaled or meta["centroids"].shape[0] != meta["units"]:
+                raise ValueError("a domain's values don't fit each other")
         return state
     except Exception as error:  # torch.load raises a dozen kinds
         raise ValueError(f"{path}: not a whole checkpoint of agrepa.py ({error})") from None
@@ -1397,7 +1406,6 @@ class Voice:
                 raise ValueError(f"{named(k, value)}: must be a number, of steps 1 or more")
         try:
             self.config = Config(**{**state["config"], "device": given.get("device", "auto")})
-            check(self.config)
             *_, self.device, self.autocast = launch(self.config)
             self.model = build_model(self.config, state["domains"]).to(self.device)
             self.model.load_state_dict(state["ema"])
@@ -1614,9 +1622,14 @@ def read_run(folder):
         config, layers = (
             json.loads((folder / f"{x}.json").read_text()) for x in ("config", "layers")
         )
-        with open(folder / "log.csv", errors="surrogateescape") as log:
-            return config, layers, list(csv.DictReader(log))
-    except (OSError, ValueError) as error:
+        check(Config(**config))
+        with open(folder / "log.csv", errors="surrogateescape") as file:
+            log = list(csv.DictReader(file))
+        whole = all({"layers", *PROBED} <= entry.keys() for entry in layers.values())
+        if not whole or not set(LOG) <= log[-1].keys():
+            raise ValueError("parts are missing")
+        return config, layers, log
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: not the folder of a run past its phase I ({error})") from None
 
 

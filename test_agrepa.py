@@ -1824,9 +1824,23 @@ def test_a_damaged_checkpoint_is_never_used(folders, tmp_path, capsys):
         assert state["step"] == 8 and "previous.pt, step 8" in capsys.readouterr().out
     (out / "previous.pt").write_bytes(b"")
     assert "no whole checkpoint is left" in refused(capsys, "--out", out, "--resume")
-    state = {"format": agrepa.CHECKPOINT, "config": {"layers": "many"}, "names": ["x"]}
-    torch.save(state, tmp_path / "odd.pt")
-    assert "don't fit" in refused(capsys, "--evaluate", tmp_path / "odd.pt")
+    for damage, why in (
+        ({"names": None}, "parts are missing"),
+        ({"config": {"lr": "high"}}, "--lr high is no float"),
+        ({"domains": [{**state["domains"][0], "units": 3}]}, "don't fit"),
+        ({"domains": [{**state["domains"][0], "mel_std": "loud"}]}, "not a whole checkpoint"),
+    ):
+        odd = {k: v for k, v in {**state, **damage}.items() if v is not None}
+        torch.save(odd, tmp_path / "odd.pt")
+        assert why in refused(capsys, "--evaluate", tmp_path / "odd.pt"), why
+    (out / "last.pt").write_bytes(whole)
+    stored = (out / "config.json").read_text()
+    (out / "config.json").write_text(stored.replace('"select": "foga"', '"select": 5'))
+    assert "--select 5 is no str" in refused(capsys, "--out", out, "--resume")
+    assert "--select 5" in refused(capsys, "--figures", out)
+    (out / "config.json").write_text(stored)
+    (out / "layers.json").write_text('{"x": {}}')
+    assert "parts are missing" in refused(capsys, "--figures", out)
 
 
 # ---- sound, metrics, figures ---------------------------------------------------------------------
