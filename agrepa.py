@@ -515,9 +515,8 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
 
     velocity(*inputs) -> tensor [B, ...]; blocks: its residual modules, each of which returns its own
     sum h + f(h) to be the next one's input. skip(args, kwargs, output) says what a closed block
-    returns where that is not so.
-    Modules run in eval mode, and each pass sees the same random numbers. Raises ValueError, with
-    the block's number, where a score would mean nothing.
+    returns where that is not so. Modules run in eval mode, and each pass sees the same random
+    numbers. Raises ValueError, with the block's number, where a score would mean nothing.
     """
     gates = Gates(blocks, skip)
 
