@@ -417,10 +417,10 @@ def inputs_in_place(calls, k):
     in: what it hands on when closed (Eq. 7 with m_k = 0). None for those that don't arrive as they
     were, or in several places with different inputs. calls: each block's inputs and output."""
     giver = min(k, max(0, len(calls) - 2))  # the last block is taken to be like the one before
-    taken, found = tree_leaves(calls[min(giver + 1, len(calls) - 1)][0]), []
+    taker = min(giver + 1, len(calls) - 1)
+    places, found = list(zip(*(tree_leaves(calls[i][0]) for i in (k, taker)), strict=False)), []
     for x in tree_leaves(calls[giver][1]):
-        pairs = zip(tree_leaves(calls[k][0]), taken, strict=False)
-        own = [mine for mine, y in pairs if torch.is_tensor(x) and not differ(x, y, 0.01)]
+        own = [mine for mine, y in places if torch.is_tensor(x) and not differ(x, y, 0.01)]
         same = own and not any(differ(own[0], mine, 0) for mine in own)
         found.append(own[0] if same else None)
     return found
@@ -752,6 +752,8 @@ class BlockDataset:
     def __init__(self, folder, raw_teacher=False):
         try:
             self.meta = meta = json.loads((Path(folder) / "meta.json").read_text())
+            if meta["format"] != FORMAT:
+                raise ValueError("another version made it")
             names = "mel tokens teacher units utterances".split()
             arrays = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names]
             self.mel, self.tokens, self.teacher, self.units, utterances = arrays
@@ -768,8 +770,6 @@ class BlockDataset:
 
     def check(self, types):
         meta, n, ids = self.meta, len(self.mel), TEACHER_FRAMES * self.meta["codebooks"]
-        if meta["format"] != FORMAT:
-            raise ValueError("another version made it")
         inside = (self.first >= 0) & (self.blocks > 0) & (self.first + self.blocks <= n)
         texts = [meta[k] for k in ("name", "teacher", "units_teacher")]
         whole = (
@@ -1801,7 +1801,9 @@ def lock(path):
 
 def resumed(given):
     """--resume: the stored settings with the flags given, and the newest whole checkpoint."""
-    out = Path(given.get("out", ""))
+    if "out" not in given:
+        raise ValueError("--resume: which run? Name its folder with --out")
+    out = Path(given["out"])
     try:
         stored = json.loads((out / "config.json").read_text())
         config = Config(**{**stored, **given})

@@ -63,17 +63,13 @@ def list_audio(folder):
     """-> [(path relative to folder, bytes, time of change)], sorted, and what can't be listed.
     Links are followed, once."""
     say(f"looking through {folder}")
-    found, skipped, seen = [], [], set()
-
-    def skip(path, reason):
-        skipped.append({"path": os.path.relpath(path, folder), "reason": reason})
-
-    walk = os.walk(folder, onerror=lambda e: skip(e.filename, e.strerror), followlinks=True)
-    for base, folders, files in walk:
-        if os.path.realpath(base) in seen:
+    found, skipped, seen, errors = [], [], set(), []
+    for base, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(base))
+        seen.add(real)
         for name in files:
             path = os.path.join(base, name)
             if Path(name).suffix.lower() not in AUDIO or name.startswith("."):
@@ -82,7 +78,10 @@ def list_audio(folder):
                 state = os.stat(path)
                 found.append((os.path.relpath(path, folder), state.st_size, state.st_mtime_ns))
             else:
-                skip(path, "is no file")
+                skipped.append({"path": os.path.relpath(path, folder), "reason": "is no file"})
+    for error in errors:
+        path = os.path.relpath(error.filename, folder)
+        skipped.append({"path": path, "reason": error.strerror})
     return sorted(found), skipped
 
 
@@ -266,16 +265,11 @@ def fit_units(batches, listener):
 # ---- the prepared folder -------------------------------------------------------------------------
 
 
-def write_rows(path, row, x):
+def write_rows(array, row, x):
     """x [n, ...] by plain writes: a full disk is an error then, where a memory map would die."""
-    x = x.cpu().numpy()
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError):
-        raise ValueError(f"{path} is damaged; delete {path.parent} and start anew") from None
-    with open(path, "r+b") as f:
+    with open(array.filename, "r+b") as f:
         f.seek(array.offset + row * array[:1].nbytes)
-        f.write(x.astype(array.dtype).tobytes())
+        f.write(x.cpu().numpy().astype(array.dtype).tobytes())
 
 
 def fill(part, windows, listener, state):
@@ -288,6 +282,12 @@ def fill(part, windows, listener, state):
         open_memmap(part / "mel.npy", "w+", "<f2", (n, FRAMES, N_MELS))
         open_memmap(part / "teacher.npy", "w+", "<f2", (n, listener.teacher.dim))
         open_memmap(part / "tokens.npy", "w+", "<u2", (n, TEACHER_FRAMES * config.codebooks))
+    rows = {}
+    for name in ("mel", "teacher", "tokens"):
+        try:
+            rows[name] = np.load(part / f"{name}.npy", mmap_mode="r")
+        except (ValueError, EOFError):
+            raise ValueError(f"{part}/{name}.npy is damaged; delete {part}, start anew") from None
     tokenizer = agrepa.Tokenizer(np.load(part / "units.npy"), config.codebooks).to(listener.device)
     todo = progress(batches[state["batches"] :], "batches")
     for batch, readings in listener.read_ahead(todo):
@@ -295,9 +295,9 @@ def fill(part, windows, listener, state):
         for window, mel, features, unit_features in heard:
             pooled = features.unflatten(0, (-1, TEACHER_FRAMES)).mean(1)
             ids = tokenizer(unit_features[None], mel[None])
-            write_rows(part / "mel.npy", window.row, mel.unflatten(0, (-1, FRAMES)))
-            write_rows(part / "teacher.npy", window.row, pooled)
-            write_rows(part / "tokens.npy", window.row, ids.view(window.blocks, -1))
+            write_rows(rows["mel"], window.row, mel.unflatten(0, (-1, FRAMES)))
+            write_rows(rows["teacher"], window.row, pooled)
+            write_rows(rows["tokens"], window.row, ids.view(window.blocks, -1))
         state["batches"] += 1
         state["skipped"] += skipped
         agrepa.write_text(part / "state.json", json.dumps(state))

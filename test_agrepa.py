@@ -38,17 +38,9 @@ from torch.utils.checkpoint import checkpoint
 import agrepa
 import data_prep
 from agrepa import AlignmentHeads, BiTC, BlockDataset, Condition, Config, N_MELS, Teacher
-from agrepa import (
-    Tokenizer,
-    VelocityModel,
-    agrepa_loss,
-    bitc_loss,
-    capture,
-    cka,
-    flow_matching_loss,
-)
+from agrepa import Tokenizer, VelocityModel, agrepa_loss, bitc_loss, capture, flow_matching_loss
 from agrepa import flow_path, fog_a, interleave, lasp, log_mel, losses, mel_to_wave, pool
-from agrepa import resynthesise, sample, select_layers
+from agrepa import cka, resynthesise, sample, select_layers
 
 HERE = Path(agrepa.__file__).parent
 torch.set_num_threads(1)  # models are so small here that threads would wait for each other
@@ -1800,6 +1792,9 @@ def test_runs_are_neither_overwritten_nor_shared(folders, tmp_path, monkeypatch,
     assert "--dim 32, not 64" in say("--out", "run", "--resume", "--dim", 64)
     assert "--data" in say("--out", "run", "--resume", "--data", folders[1][1])
     assert "no run's settings in --out nowhere" in say("--resume", "--out", "nowhere")
+    with monkeypatch.context() as inside:
+        inside.chdir("run")
+        assert "--out" in say("--resume")  # not the run that happens to lie here
     held = agrepa.lock(Path("run") / ".lock")
     assert f"in use by process {os.getpid()}" in say("--out", "run", "--resume")
     held.close()
