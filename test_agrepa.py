@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from collections import namedtuple
 from functools import partial
@@ -2071,9 +2072,13 @@ def test_code_in_a_stored_configuration_is_not_run(tmp_path, hasty_vocoder, caps
     assert ran.read_text() != before
 
 
-def test_readme_recipes_run_as_they_stand():
+def readme_code():
     text = (HERE / "README.md").read_text()
-    recipes = re.findall(r"```python\n(.*?)```", text, re.S)
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_readme_recipes_run_as_they_stand():
+    recipes = [code for code in readme_code() if "whisper" not in code]
     assert len(recipes) == 3
     for recipe in recipes:
         assert len([line for line in recipe.splitlines() if line.strip()]) <= 15
@@ -2083,6 +2088,28 @@ def test_readme_recipes_run_as_they_stand():
             exec(recipe, own)
             assert own["hidden"].keys() == own["layers"].keys() and torch.isfinite(own["loss"])
             assert np.isclose(sum(own["layers"].values()), 1)
+
+
+def test_readme_whisper_teacher_takes_positions_off(tmp_path, monkeypatch):
+    class Encoder(nn.Module):
+        positions = torch.randn(1500, 4)
+
+        def forward(self, mel):
+            assert mel.shape[1:] == (80, 3000)
+            return mel.mean(1)[:, ::2, None] + self.positions
+
+    whisper = types.ModuleType("whisper")  # the package's own shapes
+    whisper.pad_or_trim = lambda wave: F.pad(wave, (0, 480_000 - len(wave)))
+    whisper.log_mel_spectrogram = lambda wave: wave.view(3000, 160).mean(1).expand(80, -1)
+    whisper.load_model = lambda name, device: types.SimpleNamespace(encoder=Encoder())
+    monkeypatch.setitem(sys.modules, "whisper", whisper)
+    (code,) = [code for code in readme_code() if "whisper" in code]
+    (tmp_path / "whisper_teacher.py").write_text(code)
+    teacher = Teacher(f"{tmp_path}/whisper_teacher.py:load")
+    assert teacher.dim == 4
+    heard = teacher(torch.ones(2, 3 * 2560))
+    assert heard.shape == (2, 24, 4)
+    assert_close(heard, heard[:, :1].expand_as(heard))  # one steady sound, alike at every place
 
 
 # ---- speed and endurance, off by default ---------------------------------------------------------
