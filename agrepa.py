@@ -80,7 +80,8 @@ def flow_path(x0, x1, t):
 
 
 def flow_matching_loss(v, u, mask=None):
-    """Eq. 2 for each clip. v, u [B, ..., M], mask [B, T] true where a frame counts -> [B]."""
+    """Eq. 2 for each clip, the norm as a mean over frames and bins, which sets what the weights of the
+    other losses mean. v, u [B, ..., M], mask [B, T] true where a frame counts -> [B]."""
     error = (v.float() - u).square()
     if mask is None:
         return error.flatten(1).mean(1)
@@ -316,7 +317,8 @@ class Tokenizer(nn.Module):
 
 def nearest(x, centroids):
     """The nearest centroid of each row: x [..., d], centroids [units, d] -> [...]."""
-    square, rows = centroids.square().sum(1), x.half().float().flatten(0, -2)
+    square = centroids.square().sum(1)
+    rows = x.half().float().flatten(0, -2)  # as float16, which the units were fitted to
     found = [(square - 2 * part @ centroids.T).argmin(1) for part in rows.split(16384)]
     return torch.cat(found).view(x.shape[:-1])
 
@@ -378,6 +380,7 @@ def cka(h, T_x):
 # Close one layer's gate in a forward pass and see how far the velocity moves. Closing gate k changes
 # nothing below it, so the blocks there hand on what they returned with all gates open: in all
 # L (L + 1) / 2 evaluations of a block in place of L (L + 1), exact in any network of residual blocks.
+# One more pass computes two blocks of each kind again, to see that the numbers repeat.
 
 
 def tensors(tree):
@@ -418,7 +421,8 @@ def inputs_in_place(calls, k):
     were, or in several places with different inputs. calls: each block's inputs and output."""
     giver = min(k, max(0, len(calls) - 2))  # the last block is taken to be like the one before
     taker = min(giver + 1, len(calls) - 1)
-    places, found = list(zip(*(tree_leaves(calls[i][0]) for i in (k, taker)), strict=False)), []
+    places = list(zip(*(tree_leaves(calls[i][0]) for i in (k, taker)), strict=False))
+    found = []
     for x in tree_leaves(calls[giver][1]):
         own = [mine for mine, y in places if torch.is_tensor(x) and not differ(x, y, 0.01)]
         same = own and not any(differ(own[0], mine, 0) for mine in own)
@@ -451,8 +455,11 @@ class Gates:
                 raise ValueError(f"fog_a: block {k} is a {type(block).__name__}, not a module")
             if block in self.blocks[: k - 1]:
                 self.refuse(block, f"and block {k} are the same module")
-        kinds = {type(b): b for b in self.blocks}, {type(b): b for b in reversed(self.blocks)}
-        self.samples = {block for kind in kinds for block in kind.values()}
+        last = {type(block): block for block in self.blocks}
+        first = {type(block): block for block in reversed(self.blocks)}
+        self.samples = {*first.values(), *last.values()}
+        # fog_a sets now, the pass; above, whether it is past the closed block; and closed, what each
+        # block then returns.
 
     def refuse(self, block, why):
         raise ValueError(f"fog_a: block {self.blocks.index(block) + 1} {why}")
@@ -774,7 +781,8 @@ class BlockDataset:
         texts = [meta[k] for k in ("name", "teacher", "units_teacher")]
         whole = (
             all(isinstance(text, str) for text in texts)
-            and isinstance(meta["hours"] * meta["teacher_layer"], float)
+            and isinstance(meta["hours"], float)
+            and isinstance(meta["teacher_layer"], int)
             and Path(meta["name"]).name == meta["name"]  # it becomes part of file names
             and np.isfinite(self.centre).all()
             and types == ["<f2", "<u2", "<f2", "<f4", "<i8"]
@@ -785,7 +793,8 @@ class BlockDataset:
             and (len(self.units), self.centre.shape) == (meta["units"], (self.dim,))
             and inside.all()
             and 0 < self.train < len(self.first)
-            and 0 < self.std < 1e3 > abs(self.mean)
+            and 0 < self.std < 1e3
+            and abs(self.mean) < 1e3
         )
         if not whole:
             raise ValueError("its arrays don't belong together")
@@ -852,6 +861,7 @@ def training_batch(data, config, step, rank=0, world=1, device="cpu"):
             u = np.searchsorted(domain.ends, int(where * domain.ends[-1]), side="right")
             noise = stream(NOISE, config.seed, d, step, i)
             clip = domain.example(u, start, config.blocks, noise, length if ref >= 0.1 else 0)
+            # Eq. 5 is a mean over all processes; gradients are averaged over them.
             kept = np.float32(world * keep[i] / max(1, keep.sum()))
             clips.append({**clip, "t": np.float32(t), "domain": d, "keep": keep[i], "kept": kept})
     return collate(clips, len(data), device)
@@ -893,12 +903,12 @@ def collate(clips, domains, device):
 
 def prefetch(make, first):
     """make(first), make(first + 1), ...: the next four assembled in threads meanwhile."""
-    with ThreadPoolExecutor(4) as pool:
-        coming = collections.deque(pool.submit(make, first + i) for i in range(4))
+    with ThreadPoolExecutor(4) as workers:
+        coming = collections.deque(workers.submit(make, first + i) for i in range(4))
         while True:
             first += 1
             yield coming.popleft().result()
-            coming.append(pool.submit(make, first + 3))
+            coming.append(workers.submit(make, first + 3))
 
 
 # ---- 11. Training (App. A.5: probe, then intervene) ----------------------------------------------
@@ -906,6 +916,7 @@ def prefetch(make, first):
 PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
 STRATEGIES = "foga", "lasp", "gradnorm", "random", "none"
 PROBED = "foga lasp gradnorm cka".split()
+WEIGHTS, DTYPES = ("auto", "foga", "equal"), ("auto", "bfloat16", "float32")
 LOG = "step phase loss fm bitc align val_fm lr frames_per_s seconds".split()
 
 
@@ -926,7 +937,10 @@ class Config:
     dim: int = flag(512, "its width (paper: 1024)")
     heads: int = flag(8, "its attention heads (paper: 16)")
     dropout: float = flag(0.0, "in the layers (paper: 0.2)")
-    lr: float = flag(1e-4, "peak learning rate: rises for a third of phase I, then a cosine to 0")
+    lr: float = flag(
+        1e-4,
+        "peak learning rate: rises for a third of phase I (paper: 10 %% of all), then a cosine to 0",
+    )
     seed: int = flag(0, "of initialisation, crops, noise and times")
     teacher: str = flag("HUBERT_BASE", "torchaudio bundle, MFCC, FILE.py:FUNCTION, MODULE:FUNCTION")
     teacher_layer: int = flag(9, "which layer of a bundle; those above are never computed")
@@ -938,19 +952,13 @@ class Config:
     probe_every: int = flag(0, "steps between probes (default: 200, or a tenth of phase I)")
     top_k: int = flag(3, "layers to align")
     select: str = flag("foga", "foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
-    weights: str = flag(
-        "auto",
-        "foga: Eq. 11; auto: Eq. 11 for --select foga, else equal",
-        choices=("auto", "foga", "equal"),
-    )
+    weights: str = flag("auto", "foga: Eq. 11; auto: that for --select foga", choices=WEIGHTS)
     align_weight: float = flag(1.0, "weight of the alignment loss")
     align_pool: str = flag("clip", "a target a clip, or one a block", choices=("clip", "block"))
     align_until: int = flag(0, "stop aligning at this step (default: never)")
     bit_weight: float = flag(0.5, "lambda_BiT (paper: 0.5 for speech, 1.0 for audio)")
     device: str = flag("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = flag(
-        "auto", "auto: bfloat16 where the hardware has it", choices=("auto", "bfloat16", "float32")
-    )
+    dtype: str = flag("auto", "auto: bfloat16 where the hardware has it", choices=DTYPES)
     compile: bool = flag(False, "torch.compile the layers")
     eval_every: int = flag(200, "steps between log lines, each with the held-out loss")
     save_every: int = flag(1000, "steps between checkpoints")
@@ -989,21 +997,25 @@ def check(config):
             good = 0 < value < math.inf or (may_be_0 and value == 0)
             require(good, f.name, f"must be a number {'0 or more' if may_be_0 else 'above 0'}")
     L, most, domains = config.layers, 65536 // config.codebooks, max(1, len(config.data))
-    layers = {k for k in config.select.split(",") if k.isdecimal() and 1 <= int(k) <= L}
+    layers = {int(k) for k in config.select.split(",") if k.isdecimal()} & {*range(1, L + 1)}
     known = config.select in STRATEGIES or len(layers) == config.select.count(",") + 1
     which = f"is not {', '.join(STRATEGIES)}, or different layers from 1 to {L}, such as 4,8,12"
     require(known, "select", which)
+    require(
+        L > 1, "layers", "must be 2 or more: FoG-A sees by the next layer what a layer takes in"
+    )
     require(config.top_k <= L, "top_k", f"but the model has {L} layers")
     whole = config.dim % (2 * config.heads) == 0
     require(whole, "dim", f"must be a multiple of 2 x --heads {config.heads}")
     require(config.dropout < 1, "dropout", "must be below 1")
+    require(config.seed < 2**32, "seed", "must be below 2^32")
     require(config.units <= most, "units", f"must be at most {most}")
-    fits = 1 <= config.blocks <= WINDOW
-    require(fits, "seconds", f"must be from {BLOCK} to {WINDOW * BLOCK}")
-    longer = config.phase1 < config.steps
-    require(longer, "probe_steps", f"must end before --steps {config.steps}")
+    require(1 <= config.blocks <= WINDOW, "seconds", f"must be from {BLOCK} to {WINDOW * BLOCK}")
+    require(config.phase1 < config.steps, "steps", f"must be more than phase I's {config.phase1}")
     shared = config.batch_size % domains == 0
     require(shared, "batch_size", f"is not a multiple of the {domains} domains")
+    within = 0 < config.align_until <= config.phase1
+    require(not within, "align_until", f"is within phase I, which ends at {config.phase1}")
 
 
 def launch(config):
@@ -1092,6 +1104,7 @@ def choose(config, probes, d):
     else:
         layers = [int(k) for k in config.select.split(",")]
     shares = config.weights == "foga" or (config.weights, config.select) == ("auto", "foga")
+    # Listed by FoG-A, however they were chosen; lambda is their share, or equal.
     order = select_layers([scores["foga"][k - 1] for k in layers], len(layers), equal=not shares)
     return {layers[i - 1]: lam for i, lam in order.items()}, scores
 
@@ -1160,6 +1173,12 @@ def build_model(config, domains):
     return VelocityModel(config.layers, config.dim, config.heads, config.dropout, vocabulary)
 
 
+def same_data(folder, meta, stored):
+    """Raises ValueError where a run knew another meta of a prepared folder: its tokens mean others."""
+    if any(meta[k] != stored[k] for k in stored if k != "centroids"):
+        raise ValueError(f"{folder} was prepared anew since the run began; start another run")
+
+
 class Run:
     """All that training changes, and the folder where it is kept."""
 
@@ -1183,7 +1202,8 @@ class Run:
         self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.step, self.seconds, self.layers, self.probes, self.log = 0, 0.0, [], [], []
         self.sums = [0.0] * 5  # since the last line: loss, fm, bitc, align, and how many steps
-        self.began, self.line = time.time(), (time.time(), 0)
+        self.began = time.time()
+        self.line = time.time(), 0  # when the last line was written, and at which step
 
     def choose(self, rank):
         """Phase I is over: each domain's {layer: lambda}, and a head a layer."""
@@ -1217,7 +1237,6 @@ class Run:
         """One step of AdamW; a gradient that isn't finite changes nothing. terms: for the log."""
         heads = [p for p in self.heads.parameters() if p.grad is not None]
         others = [*self.model.parameters(), *self.bitc.parameters()]
-        others = [p for p in others if p.grad is not None]
         if world > 1:
             average_gradients([*others, *heads], world)
         # Heads are clipped apart: they must not shrink the model's step.
@@ -1272,8 +1291,8 @@ class Run:
         for p in self.probes:
             for name, scores in zip(self.names, p["domains"], strict=True):
                 for k, at in enumerate(zip(*scores.values(), strict=True), 1):
-                    means = [("", *np.mean(at, axis=1))]  # an empty t is the mean over t
-                    for t, *row in [*zip(PROBE_TIMES, *at, strict=True), *means]:
+                    at = np.array(at)  # [scores, times]; an empty t is the mean over t
+                    for t, row in [*zip(PROBE_TIMES, at.T, strict=True), ("", at.mean(1))]:
                         rows.append([p["step"], name, k, t, *(f"{x:.6g}" for x in row)])
         write_table(self.out / "probe.csv", ["step", "domain", "layer", "t", *PROBED], rows)
 
@@ -1294,6 +1313,10 @@ class Run:
         part.replace(last)
 
     def load(self, state):
+        for folder, meta, stored in zip(
+            self.config.data, self.domains, state["domains"], strict=True
+        ):
+            same_data(folder, meta, stored)
         for name in self.PLAIN:
             setattr(self, name, state[name])
         if self.layers:
@@ -1317,7 +1340,8 @@ def interruptible():
 
 def train(config, state=None):
     """One run, two phases; all it writes stands in config.out. state: a checkpoint to go on from.
-    -> each domain's {layer: lambda}. Raises KeyboardInterrupt when stopped, its last step saved."""
+    -> each domain's {layer: lambda}. Raises KeyboardInterrupt when stopped, its last step saved
+    (under torchrun its last checkpoint)."""
     rank, world, device, autocast = launch(config)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1336,11 +1360,12 @@ def train(config, state=None):
 
     with interruptible() as stop:
         while run.step < config.steps and not stop:
-            batch, aligning = next(batches), not 0 < config.align_until <= run.step
+            batch = next(batches)
             torch.manual_seed(hash((config.seed, run.step, rank)) % 2**32)  # dropout's
 
             # Phase I, without heads: L_FM + lambda_BiT L_BiT. Phase II: Eq. 12.
-            heads = run.heads if aligning else []
+            over = 0 < config.align_until <= run.step
+            heads = [] if over else run.heads
             with autocast():
                 fm, bit, align = losses(run.model, run.bitc, heads, run.layers, batch, config)
                 loss = fm + config.bit_weight * bit + config.align_weight * align
@@ -1394,17 +1419,23 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: not a whole checkpoint of agrepa.py ({error})") from None
 
 
+# From least to most; a sway beyond would let time turn back.
+SAMPLED = {"seed": (0, 2**32), "nfe": (1, 10_000), "guidance": (-1e3, 1e3), "sway": (-1, 1.75)}
+
+
 class Voice:
     """One domain of a checkpoint, to listen to: its EMA model, its teachers and its tokenizer."""
 
     def __init__(self, state, d, given):
         self.given, self.d = given, d
-        self.how = {k: given[k] for k in ("seed", "nfe", "guidance", "sway") if k in given}
+        self.how = {k: given[k] for k in SAMPLED if k in given}
         for k, value in self.how.items():
-            if not math.isfinite(value) or (k in ("seed", "nfe") and value < (k == "nfe")):
-                raise ValueError(f"{named(k, value)}: must be a number, of steps 1 or more")
+            least, most = SAMPLED[k]
+            if not least <= value <= most:
+                raise ValueError(f"{named(k, value)} must be from {least} to {most}")
+        own = {k: given[k] for k in ("device", "dtype") if k in given}
         try:
-            self.config = Config(**{**state["config"], "device": given.get("device", "auto")})
+            self.config = Config(**{**state["config"], "device": "auto", **own})
             *_, self.device, self.autocast = launch(self.config)
             self.model = build_model(self.config, state["domains"]).to(self.device)
             self.model.load_state_dict(state["ema"])
@@ -1415,6 +1446,14 @@ class Voice:
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"checkpoint: its settings don't fit its weights ({error})") from None
         self.model.eval().requires_grad_(False)
+
+    @cached_property
+    def data(self):
+        """The prepared folder that it was trained on."""
+        folder = self.config.data[self.d]
+        data = BlockDataset(folder)
+        same_data(folder, data.meta, self.meta)
+        return data
 
     @cached_property
     def teachers(self):
@@ -1505,8 +1544,9 @@ def sample_file(given):
     if "input" not in given or not output or name not in names:
         which = ", ".join(names)
         raise ValueError(f"--sample needs --input FILE, --output FILE.wav, a --domain of {which}")
-    if os.path.exists(output):
-        raise ValueError(f"--output {output}: exists already; nothing is overwritten")
+    for path in (output, f"{output}.part"):  # written first
+        if os.path.exists(path):
+            raise ValueError(f"--output {path}: exists already; nothing is overwritten")
     if not os.access(Path(output).parent, os.W_OK):
         raise ValueError(f"--output {output}: can't be written there")
     voice = Voice(state, names.index(name), given)
@@ -1524,7 +1564,7 @@ def finish(out, given):
     state = load_checkpoint(out / "last.pt")
     for d, name in enumerate(state["names"]):
         voice = Voice(state, d, given)
-        data = BlockDataset(voice.config.data[d])
+        data = voice.data
         u = max(data.held_out(0), key=lambda u: data.blocks[u])
         made, real, _ = continued(voice, data.clip(u, 0, min(60, data.blocks[u])))
         write_wave(out / f"sample-{name}.wav", voice.speak(made))
@@ -1539,9 +1579,7 @@ def finish(out, given):
 def frechet(a, b):
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of Gaussians fitted to rows a [n, d], b [m, d]."""
     A, B = np.cov(a.T), np.cov(b.T)
-    w, U = np.linalg.eigh(A)
-    root = (U * np.sqrt(w.clip(0))) @ U.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
+    cross = np.sqrt(np.linalg.eigvals(A @ B).real.clip(0)).sum()  # the trace of (A B)^(1/2)
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * cross)
 
 
@@ -1570,22 +1608,22 @@ def measure(voice, mel, tokens):
 
 
 @torch.no_grad()
-def evaluate_domain(voice, data, name):
+def evaluate_domain(voice, name):
     """Generated and real clips, and as many other real ones -> {metric: value}."""
-    need, seconds, made, real, others = max(data.dim, 2 * N_MELS), 0.0, [], [], []
+    data, seconds, made, real = voice.data, 0.0, [], []
+    need, seed = max(data.dim, 2 * N_MELS), voice.how.get("seed", 0)
     clips, rest = (list(held_out_clips(data, voice.config.blocks, i, 3 * need)) for i in (0, 1))
     print(f"{name}: {len(clips)} held-out clips, and {len(rest)} others", flush=True)
     for i, clip in enumerate(clips):
         began = time.time()
-        mel, real_mel, tokens = continued(voice, clip, **{**voice.how, "seed": i})
+        mel, real_mel, tokens = continued(voice, clip, **{**voice.how, "seed": 10_000 * seed + i})
+        mel.sum().item()  # a GPU runs behind: wait for it
         seconds += time.time() - began
         made.append(measure(voice, mel, tokens))
         real.append(measure(voice, real_mel, tokens))
-    for clip in rest:
-        others.append(measure(voice, *split_prompt(voice, clip)[2:]))
+    others = [measure(voice, *split_prompt(voice, clip)[2:]) for clip in rest]
     made, real, others = (
-        [np.concatenate(x) for x in zip(*measures, strict=True)]
-        for measures in (made, real, others)
+        [np.concatenate(x) for x in zip(*m, strict=True)] for m in (made, real, others)
     )
     rows = min(len(real[0]), len(others[0]))
     if rows <= need:
@@ -1604,30 +1642,30 @@ def evaluate_domain(voice, data, name):
 
 
 def evaluate(path, given):
-    """A checkpoint's metrics on held-out audio, also into metrics.json beside it. Each Frechet
-    distance to the real clips stands beside that of as many other held-out ones; the unit error
-    beside that of the recordings themselves, heard through the vocoder."""
-    state, metrics = load_checkpoint(path), {}
-    for d, name in enumerate(state["names"]):
-        voice = Voice(state, d, given)
-        metrics[name] = evaluate_domain(voice, BlockDataset(voice.config.data[d]), name)
-    write_text(Path(path).parent / "metrics.json", json.dumps(metrics, indent=1))
+    """A checkpoint's metrics on held-out audio; a run's last also go into its metrics.json. Each
+    Frechet distance to the real clips stands beside that of as many other held-out ones; the unit
+    error beside that of the recordings themselves, heard through the vocoder."""
+    state, path = load_checkpoint(path), Path(path)
+    metrics = {
+        name: evaluate_domain(Voice(state, d, given), name) for d, name in enumerate(state["names"])
+    }
+    if path.name == "last.pt" and path.with_name("config.json").exists():
+        write_text(path.with_name("metrics.json"), json.dumps(metrics, indent=1))
     return metrics
 
 
 def read_run(folder):
     """-> config.json, layers.json and the rows of log.csv."""
     try:
-        config, layers = (
-            json.loads((folder / f"{x}.json").read_text()) for x in ("config", "layers")
-        )
-        check(Config(**config))
+        config = Config(**json.loads((folder / "config.json").read_text()))
+        layers = json.loads((folder / "layers.json").read_text())
+        check(config)
         with open(folder / "log.csv", errors="surrogateescape") as file:
             log = list(csv.DictReader(file))
         whole = all({"layers", *PROBED} <= entry.keys() for entry in layers.values())
         if not whole or not set(LOG) <= log[-1].keys():
             raise ValueError("parts are missing")
-        return config, layers, log
+        return dataclasses.asdict(config), layers, log
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: not the folder of a run past its phase I ({error})") from None
 
@@ -1700,10 +1738,10 @@ def compare(folders):
         groups[" ".join(named(k, config[k]) for k in differing)].append(found)
     for label, alike in groups.items():
         print(f"\n{len(alike)} x {label}")
-        for name in alike[0]:
+        for name in dict.fromkeys(name for found in alike for name in found):
             values = [found[name] for found in alike if name in found]
             deviation = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-            print(f"  {name:36} {np.mean(values):.4g}{deviation}")
+            print(f"  {name:36} {np.mean(values):.4g}{deviation}  ({len(values)})")
 
 
 # ---- 13. Command line ----------------------------------------------------------------------------
@@ -1764,7 +1802,7 @@ def data_prep(*arguments):
     return done.stdout.splitlines()[-1]
 
 
-def prepared_folder(folder, config, given):
+def prepared_folder(folder, config):
     """The prepared folder for an entry of --data; audio is prepared by data_prep.py, once."""
     if not (Path(folder) / "mel.npy").exists():
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -1773,12 +1811,22 @@ def prepared_folder(folder, config, given):
         flags = [(f"--{k.replace('_', '-')}", getattr(config, k)) for k in PREPARATION]
         flags += [("--cache", config.cache), ("--device", config.device)]
         return data_prep(folder, *(str(x) for pair in flags for x in pair))
-    meta = BlockDataset(folder).meta
+    return str(Path(folder))
+
+
+def metas(config, given):
+    """Each prepared folder's; config then says what they were prepared with, where they agree."""
+    found = [BlockDataset(folder).meta for folder in config.data]
+    if len({meta["codebooks"] for meta in found}) > 1:
+        raise ValueError("--data: the domains differ in their codebooks; prepare them alike")
     for k in PREPARATION:
-        if k in given and given[k] != meta[k]:
-            was = f"{folder} was prepared with {meta[k]}; prepare the audio again"
-            raise ValueError(f"{named(k, given[k])}: {was}")
-    return str(folder)
+        for folder, meta in zip(config.data, found, strict=True):
+            if given.get(k, meta[k]) != meta[k]:
+                was = f"{folder} was prepared with {meta[k]}; prepare the audio again"
+                raise ValueError(f"{named(k, given[k])}: {was}")
+        if len({meta[k] for meta in found}) == 1:
+            setattr(config, k, found[0][k])
+    return found
 
 
 def lock(path):
@@ -1805,7 +1853,7 @@ def resumed(given):
         raise ValueError("--resume: which run? Name its folder with --out")
     out = Path(given["out"])
     try:
-        stored = json.loads((out / "config.json").read_text())
+        stored = dataclasses.asdict(Config(**json.loads((out / "config.json").read_text())))
         config = Config(**{**stored, **given})
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"--resume: no run's settings in --out {out} ({error})") from None
@@ -1859,16 +1907,14 @@ def run_training(given):
     if not config.data:
         toy = data_prep("--toy", str(Path(config.cache) / "toy-audio"))
         config.data = [f"{toy}/toy-speech", f"{toy}/toy-sounds"]
-    config.data = [prepared_folder(folder, config, given) for folder in config.data]
+    config.data = [prepared_folder(folder, config) for folder in config.data]
     if before and config.data != list(before):
         raise ValueError(f"--resume: {config.out} was run with --data {' '.join(before)}")
-    metas = [BlockDataset(folder).meta for folder in config.data]
-    if len({m["codebooks"] for m in metas}) > 1:
-        raise ValueError("--data: the domains differ in their codebooks; prepare them alike")
+    domains = metas(config, given)
     if rank == 0:
-        config.out = config.out if before else new_folder(config, [m["name"] for m in metas])
+        config.out = config.out if before else new_folder(config, [m["name"] for m in domains])
         held = lock(Path(config.out) / ".lock")
-        for m in metas:
+        for m in domains:
             size = f"{m['hours']:.2f} h, teacher {m['teacher']}, {m['units']} units"
             print(f"domain {m['name']}: {size}")
         phase1 = f"phase I to step {config.phase1}, a probe every {config.every}"
@@ -1882,7 +1928,7 @@ def run_training(given):
         del held
 
 
-def run(given):
+def dispatch(given):
     if "sample" in given:
         sample_file(given)
     elif "evaluate" in given:
@@ -1898,9 +1944,9 @@ def run(given):
 
 def guarded(work, *arguments):
     """Runs a program: an error is a line and exit code 2, Ctrl-C or SIGTERM a line and 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
+    for output in (sys.stdout, sys.stderr):
+        if output.errors == "strict":
+            output.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -1910,13 +1956,13 @@ def guarded(work, *arguments):
     except (ValueError, OSError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped; the same command goes on from here'}", file=sys.stderr)
+        print(f"\n{stop or 'stopped; preparation goes on with the same command'}", file=sys.stderr)
         sys.exit(130)
     sys.exit(2)
 
 
 def main():
-    guarded(run, parse(sys.argv[1:]))
+    guarded(dispatch, parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -495,7 +495,7 @@ def parse(arguments):
     return vars(parser.parse_args(arguments))
 
 
-def run(given):
+def dispatch(given):
     if "toy" in given:
         print(toy(given["toy"]))
         return
@@ -517,4 +517,4 @@ def run(given):
 
 
 if __name__ == "__main__":
-    agrepa.guarded(run, parse(sys.argv[1:]))
+    agrepa.guarded(dispatch, parse(sys.argv[1:]))

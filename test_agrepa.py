@@ -1656,14 +1656,14 @@ def flags(config):
 def refused(capsys, *argv, program=agrepa):
     """What the program says as it leaves with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        agrepa.guarded(program.run, program.parse([str(x) for x in argv]))
+        agrepa.guarded(program.dispatch, program.parse([str(x) for x in argv]))
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "Traceback" not in said
     return said.splitlines()[-1]
 
 
 def call(capsys, *argv):
-    agrepa.run(agrepa.parse([str(x) for x in argv]))
+    agrepa.dispatch(agrepa.parse([str(x) for x in argv]))
     return capsys.readouterr().out
 
 
@@ -1672,7 +1672,7 @@ def finished(folders, tmp_path_factory):
     """A run to its end, through the command line."""
     out = tmp_path_factory.mktemp("finished") / "run"
     config = tiny(data=folders[2], codebooks=2, seconds=1.28)
-    agrepa.run(agrepa.parse([*flags(config), "--out", str(out)]))
+    agrepa.dispatch(agrepa.parse([*flags(config), "--out", str(out)]))
     return out
 
 
@@ -1736,12 +1736,13 @@ def test_bad_input_is_met_at_the_door(folders, audio, tmp_path, monkeypatch, cap
         (("--dim", 100), "--heads"),
         (("--select", "4,40"), "from 1 to 12"),
         (("--select", "4,4"), "different layers"),
+        (("--select", "4,04"), "different layers"),
         (("--select", "best"), "best is not foga"),
         (("--seconds", 0.01), "--seconds 0.01 must be from 0.16"),
         (("--seconds", "inf"), "--seconds inf"),
         (("--seconds", "1e9"), "to 25.6"),
         (("--batch-size", 0), "above 0"),
-        (("--probe-steps", 100, "--steps", 50), "before --steps"),
+        (("--probe-steps", 100, "--steps", 50), "more than phase I"),
         (("--teacher", "WHISPER"), "prepared with MFCC"),
         (("--device", "abacus"), "--device abacus"),
         (("--device", "meta"), "--device meta"),
@@ -1750,6 +1751,9 @@ def test_bad_input_is_met_at_the_door(folders, audio, tmp_path, monkeypatch, cap
         (("--dropout", 1), "below 1"),
         (("--align-weight", -1), "0 or more"),
         (("--seed", -1), "--seed -1"),
+        (("--seed", 2**32), "below 2^32"),
+        (("--layers", 1, "--top-k", 1), "2 or more"),
+        (("--align-until", 9, "--probe-steps", 9), "within phase I"),
         (("--units", 70_000), "at most 65536"),
     ):
         assert word in refused(capsys, "--data", here, *argv), argv
@@ -1782,8 +1786,11 @@ def test_bad_audio_folders_are_met_in_words(audio, tmp_path, capsys):
 
 def test_runs_are_neither_overwritten_nor_shared(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = tiny(data=folders[1][:1], steps=8)
-    call(capsys, *flags(config), "--out", "run")
+    config = tiny(data=[f"{folders[1][0]}/"], steps=8, teacher="HUBERT_BASE", units=1024)
+    call(capsys, *flags(config), "--out", "run")  # both defaults: the folder says how it is
+    stored = json.loads(Path("run/config.json").read_text())
+    assert (stored["teacher"], stored["units"]) == ("MFCC", 8)
+    assert stored["data"] == folders[1][:1]  # without the slash
     before = {p: p.read_bytes() for p in Path("run").iterdir()}
 
     def say(*argv):
@@ -1803,6 +1810,16 @@ def test_runs_are_neither_overwritten_nor_shared(folders, tmp_path, monkeypatch,
     assert all(p.read_bytes() == content for p, content in before.items())
     first, second = (agrepa.new_folder(Config(), ["x"]) for _ in range(2))
     assert first != second and Path(first).is_dir() and Path(second).is_dir()
+
+
+def test_a_folder_prepared_anew_is_not_taken_for_the_old(folders, tmp_path, capsys):
+    folder, out = shutil.copytree(folders[1][0], tmp_path / "in"), tmp_path / "run"
+    train(tiny(data=[str(folder)], steps=8), out)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["teacher_mean"][0] += 1
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for argv in (("--out", out, "--resume"), ("--evaluate", out / "last.pt")):
+        assert "prepared anew" in refused(capsys, *argv)
 
 
 def test_a_damaged_checkpoint_is_never_used(folders, tmp_path, capsys):
@@ -1834,6 +1851,8 @@ def test_a_damaged_checkpoint_is_never_used(folders, tmp_path, capsys):
     (out / "config.json").write_text(stored.replace('"select": "foga"', '"select": 5'))
     assert "--select 5 is no str" in refused(capsys, "--out", out, "--resume")
     assert "--select 5" in refused(capsys, "--figures", out)
+    (out / "config.json").write_text("{}")
+    assert "--dim 512, not 64" in refused(capsys, "--out", out, "--resume", "--dim", 64)
     (out / "config.json").write_text(stored)
     (out / "layers.json").write_text('{"x": {}}')
     assert "parts are missing" in refused(capsys, "--figures", out)
@@ -1977,8 +1996,11 @@ def test_sampling_from_the_command_line(finished, audio, tmp_path, monkeypatch, 
         (("--input", quiet, "--vocoder", "vocos"), "vocos"),
         (("--input", quiet, "--nfe", 0), "--nfe 0"),
         (("--input", quiet, "--guidance", "nan"), "--guidance nan"),
+        (("--input", quiet, "--sway", 2), "--sway 2.0 must be from -1 to 1.75"),
     ):
         assert word in refused(capsys, *start, *argv, "--output", "f.wav"), argv
+    Path("f.wav.part").write_text("mine")
+    assert "exists already" in refused(capsys, *start, "--input", quiet, "--output", "f.wav")
     said = refused(capsys, *start, "--input", quiet, "--output", "no/such/place.wav")
     assert "no/such/place" in said and not Path("f.wav").exists()
 
@@ -1988,8 +2010,10 @@ def test_figures_and_comparison(finished, tmp_path, monkeypatch, capsys):
     assert "loss.png" in call(capsys, "--figures", finished)
     assert (finished / "loss.png").exists()
     other = shutil.copytree(finished, tmp_path / "other")
-    said = call(capsys, "--figures", other, finished)
-    assert str(other) in said and "2 x \n  held-out loss" in said and " +- 0" in said
+    (other / "metrics.json").write_text(json.dumps({"one": {"frechet": 7}}))
+    said = call(capsys, "--figures", finished, other)
+    assert str(other) in said and "2 x \n  held-out loss" in said and " +- 0  (2)" in said
+    assert re.search(r"one frechet +7  \(1\)", said)
     assert "not the folder of a run" in refused(capsys, "--figures", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(capsys, "--figures", finished)
@@ -2006,9 +2030,10 @@ def listened(tmp_path_factory):
     return root / "run"
 
 
-def test_evaluate_repeats_itself(listened, hasty_vocoder):
-    how = {"nfe": 2}
-    first, again = (agrepa.evaluate(listened / "last.pt", how)["in"] for _ in range(2))
+def test_evaluate_repeats_itself(listened, hasty_vocoder, tmp_path):
+    copied = shutil.copy(listened / "last.pt", tmp_path)
+    first, again = (agrepa.evaluate(x, {"nfe": 2})["in"] for x in (listened / "last.pt", copied))
+    assert not (tmp_path / "metrics.json").exists()  # no run's folder
     first.pop("real_time_factor"), again.pop("real_time_factor")
     assert first == again and first["rows"] > 200
     assert first["frechet"] > first["frechet_other_real"] > 0
