@@ -952,7 +952,7 @@ class Config:
     probe_every: int = flag(0, "steps between probes (default: 200, or a tenth of phase I)")
     top_k: int = flag(3, "layers to align")
     select: str = flag("foga", "foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
-    weights: str = flag("auto", "foga: Eq. 11; auto: that for --select foga", choices=WEIGHTS)
+    weights: str = flag("auto", "foga: Eq. 11; auto: equal but for --select foga", choices=WEIGHTS)
     align_weight: float = flag(1.0, "weight of the alignment loss")
     align_pool: str = flag("clip", "a target a clip, or one a block", choices=("clip", "block"))
     align_until: int = flag(0, "stop aligning at this step (default: never)")
