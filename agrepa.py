@@ -937,10 +937,7 @@ class Config:
     dim: int = flag(512, "its width (paper: 1024)")
     heads: int = flag(8, "its attention heads (paper: 16)")
     dropout: float = flag(0.0, "in the layers (paper: 0.2)")
-    lr: float = flag(
-        1e-4,
-        "peak learning rate: rises for a third of phase I (paper: 10 %% of all), then a cosine to 0",
-    )
+    lr: float = flag(1e-4, "peak, after a third of phase I (paper: 10 %% of all), before a cosine")
     seed: int = flag(0, "of initialisation, crops, noise and times")
     teacher: str = flag("HUBERT_BASE", "torchaudio bundle, MFCC, FILE.py:FUNCTION, MODULE:FUNCTION")
     teacher_layer: int = flag(9, "which layer of a bundle; those above are never computed")
@@ -1001,9 +998,7 @@ def check(config):
     known = config.select in STRATEGIES or len(layers) == config.select.count(",") + 1
     which = f"is not {', '.join(STRATEGIES)}, or different layers from 1 to {L}, such as 4,8,12"
     require(known, "select", which)
-    require(
-        L > 1, "layers", "must be 2 or more: FoG-A sees by the next layer what a layer takes in"
-    )
+    require(L > 1, "layers", "must be 2 or more: FoG-A looks at what the next layer takes in")
     require(config.top_k <= L, "top_k", f"but the model has {L} layers")
     whole = config.dim % (2 * config.heads) == 0
     require(whole, "dim", f"must be a multiple of 2 x --heads {config.heads}")
@@ -1175,7 +1170,7 @@ def build_model(config, domains):
 
 def same_data(folder, meta, stored):
     """Raises ValueError where a run knew another meta of a prepared folder: its tokens mean others."""
-    if any(meta[k] != stored[k] for k in stored if k != "centroids"):
+    if any(meta.get(k) != stored[k] for k in stored if k != "centroids"):
         raise ValueError(f"{folder} was prepared anew since the run began; start another run")
 
 
