@@ -1730,6 +1730,7 @@ def test_raw_audio_is_prepared_once_and_found_again(tmp_path, audio):
 
 def test_bad_input_is_met_at_the_door(folders, audio, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(agrepa, "train", lambda *_: pytest.fail("it trains"))
     here = folders[1][0]
     for argv, word in (
         (("--top-k", 20), "--top-k 20 but the model has 12 layers"),
