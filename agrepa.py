@@ -36,6 +36,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import hashlib
 import importlib
 import io
 import itertools
@@ -82,6 +83,8 @@ def flow_path(x0, x1, t):
 def flow_matching_loss(v, u, mask=None):
     """Eq. 2 for each clip, the norm as a mean over frames and bins, which sets what the weights of the
     other losses mean. v, u [B, ..., M], mask [B, T] true where a frame counts -> [B]."""
+    if v.shape != u.shape:
+        raise ValueError(f"v {list(v.shape)} is not of the shape of u {list(u.shape)}")
     error = (v.float() - u).square()
     if mask is None:
         return error.flatten(1).mean(1)
@@ -248,6 +251,13 @@ def mfcc():
     return net, features
 
 
+def code_of(spec):
+    """A hash of the file that a teacher FILE.py:FUNCTION stands in; None for others."""
+    file = Path(spec.rsplit(":", 1)[0])
+    if file.suffix == ".py" and file.is_file():
+        return hashlib.md5(file.read_bytes()).hexdigest()
+
+
 class Teacher(nn.Module):
     """Waveform [B, n x 2560] at 16 kHz -> features [B, n x 8, dim], frozen.
 
@@ -270,7 +280,7 @@ class Teacher(nn.Module):
             # HuBERT hears 25 ms at once, which costs a frame; 5 ms of silence in front give it back
             # and centre its frames within 3 ms of the mel's.
             for self.pad in (0, 80):
-                shape = list(self(torch.zeros(1, 2 * 2560)).shape)
+                shape = list(self.features(torch.zeros(1, self.pad + 2 * 2560)).shape)
                 if len(shape) == 3 and shape[1] == 2 * TEACHER_FRAMES:
                     self.dim = shape[2]
                     return
@@ -281,7 +291,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave):
-        return self.features(F.pad(wave, (self.pad, 0)))
+        try:
+            x = self.features(F.pad(wave, (self.pad, 0))).float()
+        except (RuntimeError, TypeError, LookupError) as error:
+            raise ValueError(f"the teacher fails on {list(wave.shape)}: {error}") from None
+        due = [len(wave), wave.shape[1] // 320, self.dim]
+        if list(x.shape) != due:
+            raise ValueError(f"the teacher makes {list(x.shape)} of {list(wave.shape)}, not {due}")
+        return x
 
 
 def log_mel(wave):
@@ -380,7 +397,7 @@ def cka(h, T_x):
 # Close one layer's gate in a forward pass and see how far the velocity moves. Closing gate k changes
 # nothing below it, so the blocks there hand on what they returned with all gates open: in all
 # L (L + 1) / 2 evaluations of a block in place of L (L + 1), exact in any network of residual blocks.
-# One more pass computes two blocks of each kind again, to see that the numbers repeat.
+# Two more passes compute the first and the last block of each kind again: the numbers must repeat.
 
 
 def tensors(tree):
@@ -443,8 +460,9 @@ UNREPEATABLE = (
 
 class Gates:
     """Answers for the blocks' forward. The pass "open" keeps what each takes and returns. In "again"
-    all hand that on, the first and last of each kind compute it anew, and nothing may differ. In a
-    block's own pass those below it hand on, it hands on its input, and those above compute."""
+    and "once more" all hand that on but the first or the last of each kind, which compute it anew,
+    and nothing may differ. In a block's own pass those below it hand on, it hands on its input, and
+    those above compute."""
 
     def __init__(self, blocks, skip):
         self.blocks, self.skip, self.calls = list(blocks), skip, {}
@@ -457,7 +475,7 @@ class Gates:
                 self.refuse(block, f"and block {k} are the same module")
         last = {type(block): block for block in self.blocks}
         first = {type(block): block for block in reversed(self.blocks)}
-        self.samples = {*first.values(), *last.values()}
+        self.samples = {"again": {*first.values()}, "once more": {*last.values()}}
         # fog_a sets now, the pass; above, whether it is past the closed block; and closed, what each
         # block then returns.
 
@@ -473,8 +491,8 @@ class Gates:
             return copied(self.closed[block])
         if self.above:
             return compute(*args, **kwargs)
-        if self.now == "again":
-            output = compute(*args, **kwargs) if block in self.samples else kept
+        if self.now in self.samples:
+            output = compute(*args, **kwargs) if block in self.samples[self.now] else kept
             if differ((given, kept), ((args, kwargs), output)):
                 self.refuse(block, UNREPEATABLE)
         return copied(kept)
@@ -505,7 +523,8 @@ class Gates:
                 leaves[i] = own[i].to(x.dtype) if torch.is_tensor(x) else x
             return tree_unflatten(leaves, form)
         try:
-            closed = copied(self.skip(args, kwargs, copied(output)))
+            closed = tree_leaves(copied(self.skip(args, kwargs, copied(output))))
+            closed = tree_unflatten(closed, form)  # args[0] will do for (args[0],)
         except (ValueError, LookupError, TypeError) as error:
             self.refuse(block, f"{error} (its inputs: {shapes(args)}, {list(kwargs)})")
         if shapes(closed) != shapes(output):
@@ -543,9 +562,14 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
             module.training = False
 
     with contextlib.ExitStack() as undo:
-        undo.enter_context(torch.random.fork_rng(range(torch.accelerator.device_count())))
+        kind = torch.accelerator.current_accelerator() or torch.device("cpu")
+        numbers = range(torch.accelerator.device_count())
+        undo.enter_context(torch.random.fork_rng(numbers, device_type=kind.type))
         undo.callback(random.setstate, random.getstate())
         undo.enter_context(torch.compiler.set_stance("force_eager"))  # so that gates are seen
+        fast = torch.backends.mha.get_fastpath_enabled()
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)  # nested tensors have no shape
         root = getattr(velocity, "__self__", velocity)  # of a bound method
         for module in root.modules() if isinstance(root, nn.Module) else ():
             eval_mode(module)
@@ -559,7 +583,7 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
             if block not in gates.calls:
                 gates.refuse(block, "never ran in velocity(), as a bare ModuleList never does")
         gates.closed = {block: gates.close(block) for block in gates.calls}
-        if differ(v, run("again")):
+        if any(differ(v, run(now)) for now in gates.samples):
             raise ValueError(f"fog_a: velocity() {UNREPEATABLE}")
         scores = {}
         for block in reversed(gates.calls):  # what a block leaves in an attribute is then v's
@@ -633,9 +657,8 @@ def capture(blocks, layers, output=None):
         if k not in hidden:
             why = "a ModuleList is never called; compile a model's blocks, not the model"
             raise ValueError(f"capture: block {k} never ran: {why}")
-        trains = any(p.requires_grad for p in blocks[k - 1].parameters())
-        if torch.is_grad_enabled() and trains and not hidden[k].requires_grad:
-            why = "has no gradient; checkpoint with use_reentrant=False"
+        if torch.is_grad_enabled() and not hidden[k].requires_grad:
+            why = "has no gradient; checkpoint with use_reentrant=False, or look under no_grad"
             raise ValueError(f"capture: block {k} {why}")
 
 
@@ -661,9 +684,10 @@ def agrepa_loss(hidden, heads, T_x, lam, mask=None):
     real = None if mask is None else stretches.any(-1)  # [B, n]
     loss = torch.zeros(B, device=T_x.device)
     for k in lam:
-        if hidden[k].dim() != 3 or (mask is not None and mask.shape != hidden[k].shape[:2]):
-            found = f"{list(hidden[k].shape)}, mask {None if mask is None else list(mask.shape)}"
-            raise ValueError(f"agrepa_loss: layer {k} is {found}, not [B, T, D] and [B, T]")
+        shape = hidden[k].shape
+        if len(shape) != 3 or shape[0] != B or (mask is not None and mask.shape != shape[:2]):
+            found = f"{list(shape)}, mask {None if mask is None else list(mask.shape)}"
+            raise ValueError(f"agrepa_loss: layer {k} is {found}, not [{B}, T, D] and [{B}, T]")
         z = heads[str(k)](pool(hidden[k].unflatten(1, (n, -1)), stretches))
         far = 1 - F.cosine_similarity(z.float(), T_x, dim=-1)  # [B, n]
         loss = loss + lam[k] * pool(far[..., None], real)[:, 0]
@@ -1099,8 +1123,11 @@ def choose(config, probes, d):
     else:
         layers = [int(k) for k in config.select.split(",")]
     shares = config.weights == "foga" or (config.weights, config.select) == ("auto", "foga")
-    # Listed by FoG-A, however they were chosen; lambda is their share, or equal.
-    order = select_layers([scores["foga"][k - 1] for k in layers], len(layers), equal=not shares)
+    # Listed by FoG-A, however they were chosen.
+    if not shares:
+        layers.sort(key=lambda k: -scores["foga"][k - 1])
+        return dict.fromkeys(layers, 1 / len(layers)), scores
+    order = select_layers([scores["foga"][k - 1] for k in layers], len(layers))
     return {layers[i - 1]: lam for i, lam in order.items()}, scores
 
 
@@ -1119,10 +1146,13 @@ def report(config, name, lam, scores, probes, d):
         margin = foga[K - 1] / max(foga[K], 1e-12) - 1
         print(f"margin: layer {list(lam)[-1]} is {margin:.1%} above the next")
     # Neighbouring probes agree long before the ranking settles: look at the one halfway.
-    half = min(probes, key=lambda p: abs(p["step"] - probes[-1]["step"] / 2))
-    led = np.argsort(np.mean(half["domains"][d]["foga"], 1))[-K:] + 1
+    early = [p for p in probes if p["step"] <= config.phase1 / 2]
+    if not early:
+        print("one probe can't tell whether the ranking has settled: lower --probe-every")
+        return
+    led = np.argsort(np.mean(early[-1]["domains"][d]["foga"], 1))[-K:] + 1
     common = len(lam.keys() & set(led.tolist()))
-    print(f"{common} of these {K} layers led at step {half['step']}, too")
+    print(f"{common} of these {K} layers led at step {early[-1]['step']}, too")
     if common < K:
         print("warning: the ranking is still moving; more --probe-steps would settle it")
 
@@ -1180,9 +1210,10 @@ class Run:
     PARTS = "model ema bitc heads optimiser".split()
     PLAIN = "step seconds layers probes log sums".split()
 
-    def __init__(self, config, data, device):
+    def __init__(self, config, data, device, world=1):
         torch.manual_seed(config.seed)
         self.config, self.out, self.device = config, Path(config.out), device
+        self.world = world  # how many processes
         self.domains = [{**d.meta, "centroids": torch.tensor(np.array(d.units))} for d in data]
         self.names = [d.meta["name"] for d in data]
         if len(set(self.names)) < len(data):
@@ -1228,12 +1259,12 @@ class Run:
         fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.config.steps)
         return self.config.lr * min(rise, fall)
 
-    def update(self, world, *terms):
+    def update(self, *terms):
         """One step of AdamW; a gradient that isn't finite changes nothing. terms: for the log."""
         heads = [p for p in self.heads.parameters() if p.grad is not None]
         others = [*self.model.parameters(), *self.bitc.parameters()]
-        if world > 1:
-            average_gradients([*others, *heads], world)
+        if self.world > 1:
+            average_gradients([*others, *heads], self.world)
         # Heads are clipped apart: they must not shrink the model's step.
         norms = [nn.utils.clip_grad_norm_(part, 1.0) for part in (others, heads) if part]
         for group in self.optimiser.param_groups:
@@ -1296,6 +1327,7 @@ class Run:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {name: getattr(self, name) for name in (*self.PLAIN, "names", "domains")}
         state |= {"format": CHECKPOINT, "config": dataclasses.asdict(self.config)}
+        state["world"] = self.world
         state["seconds"] += time.time() - self.began
         last, part = self.out / "last.pt", self.out / "last.pt.part"
         try:
@@ -1308,6 +1340,9 @@ class Run:
         part.replace(last)
 
     def load(self, state):
+        if state.get("world", self.world) != self.world:
+            why = f"{self.out} was run by {state['world']} processes, not {self.world}"
+            raise ValueError(f"--resume: {why}: the batches would be others")
         for folder, meta, stored in zip(
             self.config.data, self.domains, state["domains"], strict=True
         ):
@@ -1341,7 +1376,7 @@ def train(config, state=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     data = [BlockDataset(folder, config.raw_teacher) for folder in config.data]
-    run = Run(config, data, device)
+    run = Run(config, data, device, world)
     if state:
         run.load(state)
     held_out = held_out_batch(data, config, 16, device=device)
@@ -1365,7 +1400,7 @@ def train(config, state=None):
                 fm, bit, align = losses(run.model, run.bitc, heads, run.layers, batch, config)
                 loss = fm + config.bit_weight * bit + config.align_weight * align
             loss.backward()
-            run.update(world, loss, fm, bit, align)
+            run.update(loss, fm, bit, align)
 
             # Phase I probes now and then, and ends with the choice of layers.
             ends, last = run.step == config.phase1, run.step == config.steps
@@ -1414,8 +1449,13 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: not a whole checkpoint of agrepa.py ({error})") from None
 
 
-# From least to most; a sway beyond would let time turn back.
-SAMPLED = {"seed": (0, 2**32), "nfe": (1, 10_000), "guidance": (-1e3, 1e3), "sway": (-1, 1.75)}
+# Default, least and most; a sway beyond would let time turn back.
+SAMPLED = {
+    "seed": (0, 0, 2**32),
+    "nfe": (32, 1, 10_000),
+    "guidance": (3.0, -1e3, 1e3),
+    "sway": (-1.0, -1, 1.75),
+}
 
 
 class Voice:
@@ -1423,11 +1463,11 @@ class Voice:
 
     def __init__(self, state, d, given):
         self.given, self.d = given, d
-        self.how = {k: given[k] for k in SAMPLED if k in given}
-        for k, value in self.how.items():
-            least, most = SAMPLED[k]
-            if not least <= value <= most:
-                raise ValueError(f"{named(k, value)} must be from {least} to {most}")
+        self.how = {}
+        for k, (default, least, most) in SAMPLED.items():
+            self.how[k] = given.get(k, default)
+            if not least <= self.how[k] <= most:
+                raise ValueError(f"{named(k, self.how[k])} must be from {least} to {most}")
         own = {k: given[k] for k in ("device", "dtype") if k in given}
         try:
             self.config = Config(**{**state["config"], "device": "auto", **own})
@@ -1458,6 +1498,9 @@ class Voice:
         for spec in specs:
             if ":" in spec and spec not in trusted:
                 raise ValueError(f"its teacher is code, and runs only if you say --teacher {spec}")
+            if code_of(spec) != self.meta["settings"]["code"].get(spec):
+                why = "has changed since it taught: the same sounds may get other tokens now"
+                print(f"warning: {spec} {why}", file=sys.stderr)
         made = {s: Teacher(s, self.meta["teacher_layer"]).to(self.device) for s in set(specs)}
         return [made[spec] for spec in specs]
 
@@ -1539,6 +1582,8 @@ def sample_file(given):
     if "input" not in given or not output or name not in names:
         which = ", ".join(names)
         raise ValueError(f"--sample needs --input FILE, --output FILE.wav, a --domain of {which}")
+    if not output.endswith(".wav"):
+        raise ValueError(f"--output {output}: must end in .wav")
     for path in (output, f"{output}.part"):  # written first
         if os.path.exists(path):
             raise ValueError(f"--output {path}: exists already; nothing is overwritten")
@@ -1606,12 +1651,12 @@ def measure(voice, mel, tokens):
 def evaluate_domain(voice, name):
     """Generated and real clips, and as many other real ones -> {metric: value}."""
     data, seconds, made, real = voice.data, 0.0, [], []
-    need, seed = max(data.dim, 2 * N_MELS), voice.how.get("seed", 0)
+    need, seed = max(data.dim, 2 * N_MELS), 10_000 * voice.how["seed"]
     clips, rest = (list(held_out_clips(data, voice.config.blocks, i, 3 * need)) for i in (0, 1))
     print(f"{name}: {len(clips)} held-out clips, and {len(rest)} others", flush=True)
     for i, clip in enumerate(clips):
         began = time.time()
-        mel, real_mel, tokens = continued(voice, clip, **{**voice.how, "seed": 10_000 * seed + i})
+        mel, real_mel, tokens = continued(voice, clip, **{**voice.how, "seed": seed + i})
         mel.sum().item()  # a GPU runs behind: wait for it
         seconds += time.time() - began
         made.append(measure(voice, mel, tokens))
@@ -1625,6 +1670,7 @@ def evaluate_domain(voice, name):
         why = f"{rows} blocks in each half of what is held out"
         raise ValueError(f"{name}: {why} give no covariance of {need} values; hold out more")
     return {
+        **voice.how,
         "rows": rows,
         "frechet": frechet(made[0][:rows], real[0][:rows]),
         "frechet_other_real": frechet(others[0][:rows], real[0][:rows]),
@@ -1640,10 +1686,10 @@ def evaluate(path, given):
     """A checkpoint's metrics on held-out audio; a run's last also go into its metrics.json. Each
     Frechet distance to the real clips stands beside that of as many other held-out ones; the unit
     error beside that of the recordings themselves, heard through the vocoder."""
-    state, path = load_checkpoint(path), Path(path)
-    metrics = {
-        name: evaluate_domain(Voice(state, d, given), name) for d, name in enumerate(state["names"])
-    }
+    state, path, metrics = load_checkpoint(path), Path(path), {}
+    for d, name in enumerate(state["names"]):
+        found = evaluate_domain(Voice(state, d, given), name)
+        metrics[name] = {"step": state["step"], **found}
     if path.name == "last.pt" and path.with_name("config.json").exists():
         write_text(path.with_name("metrics.json"), json.dumps(metrics, indent=1))
     return metrics
@@ -1715,22 +1761,29 @@ def figures(folder):
 
 
 def compare(folders):
-    """Prints what runs came to. Those that differ in the seed alone are taken together: the mean of
-    each figure and, after +-, its standard deviation."""
+    """Prints what finished runs came to. Those that differ in the seed alone are taken together: the
+    mean of each figure and, after +-, its standard deviation."""
     runs, groups = [], collections.defaultdict(list)
-    for folder in map(Path, folders):
+    for folder in dict.fromkeys(map(Path, folders)):
         config, chosen, log = read_run(folder)
+        if int(log[-1]["step"]) < config["steps"]:
+            raise ValueError(f"{folder}: not finished; --out {folder} --resume goes on")
         found = {"held-out loss": float(log[-1]["val_fm"])}
         if (folder / "metrics.json").exists():
             for name, row in json.loads((folder / "metrics.json").read_text()).items():
+                if row.pop("step", None) != config["steps"]:
+                    raise ValueError(f"{folder}: --evaluate {folder}/last.pt again; it has gone on")
+                config |= {k: row.pop(k) for k in SAMPLED} | {"seed": config["seed"]}
                 found |= {f"{name} {metric}": value for metric, value in row.items()}
         runs.append((config, found))
         layers = (f"{name} {entry['layers']}" for name, entry in chosen.items())
         print(f"{folder}: seed {config['seed']}, layers", *layers)
-    first, apart = runs[0][0], {"seed", "out", "resume"}
-    differing = [k for k in first if k not in apart and any(c[k] != first[k] for c, _ in runs)]
+    apart = "seed out resume cache eval_every save_every".split()
+    first = runs[0][0]
+    settings = [k for k in {**first, **SAMPLED} if k not in apart]
+    differing = [k for k in settings if any(c.get(k) != first.get(k) for c, _ in runs)]
     for config, found in runs:
-        groups[" ".join(named(k, config[k]) for k in differing)].append(found)
+        groups[" ".join(named(k, config.get(k)) for k in differing)].append(found)
     for label, alike in groups.items():
         print(f"\n{len(alike)} x {label}")
         for name in dict.fromkeys(name for found in alike for name in found):
@@ -1865,7 +1918,7 @@ def resumed(given):
             return config, stored["data"], state
         except ValueError as error:
             print(error, file=sys.stderr)
-    if found:
+    if found or (out / "layers.json").exists():
         raise ValueError("--resume: no whole checkpoint is left; another --out starts anew")
     return config, stored["data"], None
 
@@ -1886,9 +1939,6 @@ def new_folder(config, names):
 
 
 def run_training(given):
-    stray = set(given) - {f.name for f in dataclasses.fields(Config)}
-    if stray:
-        raise ValueError(f"--{min(stray)} goes with --sample CKPT")
     before = state = None
     if "resume" in given:
         config, before, state = resumed(given)
@@ -1923,7 +1973,21 @@ def run_training(given):
         del held
 
 
+LISTENING = {*SAMPLED, "teacher", "units_teacher", "device", "dtype"}
+MODES = {  # what goes with each
+    "sample": {*LISTENING, "input", "output", "prompt", "domain", "vocoder"},
+    "evaluate": LISTENING,
+    "figures": set(),
+    "training": {f.name for f in dataclasses.fields(Config)},
+}
+
+
 def dispatch(given):
+    mode = next((mode for mode in MODES if mode in given), "training")
+    stray = given.keys() - MODES[mode] - {mode}
+    if stray:
+        where = f"--{mode}" if mode in given else mode
+        raise ValueError(f"--{min(stray).replace('_', '-')} does not go with {where}; leave it out")
     if "sample" in given:
         sample_file(given)
     elif "evaluate" in given:

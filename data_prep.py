@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,9 @@ import agrepa
 from agrepa import BLOCK, FRAMES, N_MELS, RATE, TEACHER_FRAMES, WINDOW, BlockDataset, Config
 
 AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .sph".split())
+LIBRITTS_PARTS = (
+    "dev-clean dev-other test-clean test-other train-clean-100 train-clean-360 train-other-500"
+).split()
 BATCH = 600  # blocks, 96 s of equal lengths to the teacher at once
 FRAMES_A_UNIT = 40  # that k-means is fitted on
 SETTINGS = [*agrepa.PREPARATION, "device", "cache"]
@@ -61,27 +65,29 @@ def progress(things, name):
 
 def list_audio(folder):
     """-> [(path relative to folder, bytes, time of change)], sorted, and what can't be listed.
-    Links are followed, once."""
+    Links are followed; a folder or file met again by another name is left out."""
     say(f"looking through {folder}")
     found, skipped, seen, errors = [], [], set(), []
     for base, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
+        folders.sort()
         real = os.path.realpath(base)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        for name in files:
+        for name in sorted(files):
             path = os.path.join(base, name)
             if Path(name).suffix.lower() not in AUDIO or name.startswith("."):
                 continue
             if os.path.isfile(path):  # no pipe, which would wait for a writer
                 state = os.stat(path)
-                found.append((os.path.relpath(path, folder), state.st_size, state.st_mtime_ns))
+                inode = state.st_dev, state.st_ino
+                if inode not in seen:
+                    found.append((os.path.relpath(path, folder), state.st_size, state.st_mtime_ns))
+                seen.add(inode)
             else:
                 skipped.append({"path": os.path.relpath(path, folder), "reason": "is no file"})
-    for error in errors:
-        path = os.path.relpath(error.filename, folder)
-        skipped.append({"path": path, "reason": error.strerror})
+    skipped += [{"path": os.path.relpath(e.filename, folder), "reason": e.strerror} for e in errors]
     return sorted(found), skipped
 
 
@@ -199,10 +205,7 @@ class Listener:
     def features(self, teacher, wave):
         bundle = hasattr(teacher.net, "extract_features")  # torchaudio's transformers
         with self.autocast() if bundle else contextlib.nullcontext():
-            try:
-                return teacher(wave).float()
-            except (RuntimeError, TypeError, LookupError) as error:
-                raise ValueError(f"the teacher fails on {list(wave.shape)}: {error}") from None
+            return teacher(wave)
 
     def hear(self, batch, readings):
         """-> of each window that can be used: itself, its mel [n x 15, M], the teacher's features
@@ -312,15 +315,17 @@ def publish(part, windows, settings, skipped):
         reasons = "; ".join(f"{s['path']} {s['reason']}" for s in skipped[:3])
         raise ValueError(f"no usable audio is left to train on, or to hold out ({reasons})")
     np.save(part / "utterances.npy", np.array([(w.row, w.blocks) for w in there], "<i8"))
-    count, total, squares, centre = 0, 0.0, 0.0, np.zeros(teacher.shape[1])
+    total, squares, centre = 0.0, 0.0, np.zeros(teacher.shape[1])
     for window in training:
         rows = slice(window.row, window.row + window.blocks)
         x = mel[rows].astype(np.float64)
-        count += x.size
         total += x.sum()
         squares += np.square(x).sum()
         centre += teacher[rows].sum(0, dtype=np.float64)
+    blocks = sum(w.blocks for w in training)
+    count = blocks * FRAMES * N_MELS
     mean = total / count
+    hours = sum(w.blocks for w in there) * BLOCK / 3600
     meta = {
         **{k: settings[k] for k in agrepa.PREPARATION},
         "format": agrepa.FORMAT,
@@ -328,25 +333,22 @@ def publish(part, windows, settings, skipped):
         "dim": teacher.shape[1],
         "mel_mean": mean,
         "mel_std": max(squares / count - mean**2, 1e-12) ** 0.5,
-        "teacher_mean": (centre / sum(w.blocks for w in training)).tolist(),
-        "hours": sum(w.blocks for w in there) * BLOCK / 3600,
+        "teacher_mean": (centre / blocks).tolist(),
+        "hours": hours,
         "utterances": len(there),
         "held_out": len(there) - len(training),
         "skipped": skipped,
         "settings": settings,
     }
     agrepa.write_text(part / "meta.json", json.dumps(meta, indent=1))
-    kept = f"{len(there)} utterances, {meta['hours']:.2f} h, {meta['held_out']} held out"
+    kept = f"{len(there)} utterances, {hours:.2f} h, {meta['held_out']} held out"
     say(f"prepared {kept}; {len(skipped)} skipped, meta.json says why")
 
 
 def settings_of(folder, config, files):
     """All that a prepared folder depends on: the audio and the settings."""
-    codes = {}
-    for spec in (config.teacher, config.units_teacher):
-        file = Path(spec.rsplit(":", 1)[0])
-        if file.suffix == ".py" and file.is_file():
-            codes[spec] = by_hash(file.read_bytes())
+    codes = {spec: agrepa.code_of(spec) for spec in (config.teacher, config.units_teacher)}
+    codes = {spec: code for spec, code in codes.items() if code}
     audio = {"source": str(folder.resolve()), "audio": by_hash(files), "code": codes}
     settings = {k: getattr(config, k) for k in agrepa.PREPARATION}
     return {**audio, **settings, "units_teacher": config.units_teacher or config.teacher}
@@ -465,7 +467,7 @@ def toy(folder):
     import soundfile
 
     folder = Path(folder)
-    if folder.is_dir():
+    if (folder / "toy-speech").is_dir():
         return folder
     with becoming(folder) as part:
         for seed in range(8 * 14 + 120):
@@ -484,12 +486,27 @@ def toy(folder):
 # ---- command line --------------------------------------------------------------------------------
 
 
+def download(audio, name):
+    """A part of LibriTTS into the folder `audio`, where it appears when it is all there."""
+    from torchaudio.datasets import LIBRITTS
+
+    if not (audio / name).exists():
+        part = Path(f"{audio}-{name}.download")
+        shutil.rmtree(part / "LibriTTS", ignore_errors=True)  # stopped while it was unpacked
+        part.mkdir(parents=True, exist_ok=True)
+        LIBRITTS(part, name, download=True)
+        audio.mkdir(exist_ok=True)
+        os.replace(part / "LibriTTS" / name, audio / name)
+        shutil.rmtree(part)
+
+
 def parse(arguments):
     text = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(description=text, argument_default=argparse.SUPPRESS)
     parser.add_argument("audio", nargs="?", help="folder of audio")
     parser.add_argument("--out", help="the prepared folder (default: one in --cache)")
-    parser.add_argument("--download", metavar="PART", help="first fetch this part of LibriTTS")
+    text = "first fetch this part of LibriTTS"
+    parser.add_argument("--download", metavar="PART", choices=LIBRITTS_PARTS, help=text)
     parser.add_argument("--toy", metavar="DIR", help="synthesise the toy corpus into this folder")
     agrepa.add_flags(parser, SETTINGS)
     return vars(parser.parse_args(arguments))
@@ -505,12 +522,7 @@ def dispatch(given):
     config = Config(**{k: value for k, value in given.items() if k in SETTINGS})
     agrepa.check(config)
     if "download" in given:
-        from torchaudio.datasets import LIBRITTS
-
-        if audio.name != "LibriTTS":
-            raise ValueError(f"--download: the folder must be called LibriTTS, not {audio.name!r}")
-        audio.parent.mkdir(parents=True, exist_ok=True)
-        LIBRITTS(audio.parent, given["download"], download=True)
+        download(audio, given["download"])
     if not audio.is_dir():
         raise ValueError(f"--data {audio}: no such folder")
     print(prepare(audio, given["out"], config) if "out" in given else prepared(audio, config))

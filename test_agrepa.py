@@ -431,6 +431,57 @@ def test_fog_a_refuses_branches_in_place_of_blocks():
     assert_right(velocity, branches, h, skip=lambda args, kwargs, output: 0 * output)
 
 
+def test_skip_may_return_one_state_bare():
+    """A 1-tuple's caller would take a bare state's first clip for all of it."""
+    a, b, c = blocks = three(lambda: Block(lambda h: (h,)))
+    glue, h = nn.Linear(4, 4), state()
+
+    def velocity(h):
+        x = a(h)[0]
+        return c(glue(b(glue(x))[0]) + x)[0]
+
+    expected = by_hand(velocity, blocks, h, skip=lambda args, kwargs, output: (args[0],))
+    assert_close(fog_a(velocity, blocks, h, skip=lambda args, kwargs, output: args[0]), expected)
+    with pytest.raises(ValueError, match="block 1 .*2, 5, 4"):
+        fog_a(velocity, blocks, h, skip=lambda args, kwargs, output: (args[0], args[0]))
+
+
+def test_fog_a_refuses_what_passes_between_blocks_beside_their_states():
+    """As in networks whose first layer's values serve in all (value residuals)."""
+
+    class Remembers(Block):
+        def forward(self, h, seen):
+            seen.value = getattr(seen, "value", self.f(h))
+            return h + self.f(h).tanh() + seen.value
+
+    blocks = [Remembers() for _ in range(4)]
+
+    def velocity(h):
+        seen = types.SimpleNamespace()
+        for block in blocks:
+            h = block(h, seen)
+        return h
+
+    with pytest.raises(ValueError, match="block . gives other numbers"):
+        fog_a(velocity, blocks, state(), skip=lambda args, kwargs, output: args[0])
+
+
+def test_fog_a_takes_a_padded_transformer_encoder():
+    """Whose fast path for inference makes nested tensors."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder, x = nn.TransformerEncoder(layer, 3).eval(), torch.randn(2, 5, 8)
+    padding = torch.arange(5) >= torch.tensor([[5], [3]])
+
+    def velocity(x):
+        return encoder(x, src_key_padding_mask=padding).masked_fill(padding[..., None], 0)
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    expected = by_hand(velocity, encoder.layers, x)
+    torch.backends.mha.set_fastpath_enabled(True)
+    assert_close(fog_a(velocity, encoder.layers, x), expected)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_fog_a_refuses_a_skip_of_another_shape_or_that_fails():
     blocks, h = three(), state()
     for skip, why in (
@@ -446,6 +497,10 @@ def test_losses_refuse_masks_and_states_of_another_shape():
     v, heads = torch.randn(2, 5, 4), AlignmentHeads([1], 4, 3)
     with pytest.raises(ValueError, match="mask .2, 1, 5. for v .2, 5, 4."):
         flow_matching_loss(v, v, torch.ones(2, 1, 5))
+    with pytest.raises(ValueError, match="v .2, 1, 5, 4. is not of the shape of u .2, 5, 4."):
+        flow_matching_loss(v[:, None], v)
+    with pytest.raises(ValueError, match="layer 1 is .2, 5, 4., .*not .1, T, D."):
+        agrepa_loss({1: v}, heads, torch.randn(1, 3), {1: 1.0})
     for h, mask in ((v, torch.ones(2, 1, 5)), (v[:, None], None), (v, torch.ones(2, 4))):
         with pytest.raises(ValueError, match="agrepa_loss: layer 1 is"):
             agrepa_loss({1: h}, heads, torch.randn(2, 3), {1: 1.0}, mask)
@@ -489,6 +544,9 @@ def test_random_numbers_outside_the_blocks_cancel_and_others_are_refused(source,
         who = {"after": "velocity..", "between": "block 3"}.get(place, "block [13]")
         with pytest.raises(ValueError, match=f"fog_a: {who} gives other numbers .*numpy"):
             fog_a(velocity, blocks, state(), skip=lambda args, kwargs, output: args[0])
+    if place == "inside":  # two alone, too
+        with pytest.raises(ValueError, match="fog_a: block [12] gives other numbers"):
+            fog_a(chain([b, c]), [b, c], state())
 
 
 WRAPS = ["compiled blocks", "compiled model", "bfloat16", "image", "checkpointed", "wrapped"]
@@ -635,8 +693,12 @@ def test_capture_takes_states_with_gradient():
     assert net[1].f.weight.grad.any() and net[2].f.weight.grad is None
     with torch.no_grad(), capture(net, [2]):  # to look at, not to train
         net(h)
-    with capture(net.requires_grad_(False), [2]):
+    net[1].requires_grad_(False)  # what a frozen block returns still trains those below
+    with capture(net, [2]) as hidden:
         net(h)
+    assert hidden[2].requires_grad
+    with pytest.raises(ValueError, match="block 2 has no gradient"), capture(net, [2]):
+        checkpoint(net, h, use_reentrant=True)
 
 
 @pytest.mark.parametrize("then", [nn.ReLU(inplace=True), lambda h: h.mul_(0)])
@@ -723,6 +785,7 @@ def fast(): return lambda x: x.unfold(1, 160, 160)
 def fails(): raise KeyError("no weights")
 def late(): return lambda x: 1 / 0
 def wordy(): return lambda x: ("no", "tensor")
+def hasty(): return lambda x: x.unfold(1, 400, 319)
 """
 
 
@@ -734,6 +797,9 @@ def test_teachers_of_the_users_own(tmp_path, monkeypatch):
     assert torch.equal(Teacher("mine.py:load")(wave), wave.unfold(1, 320, 320)[..., :5])
     assert Teacher("mine:load").dim == 5
     assert Teacher("mine.py:plain")(wave).shape == (2, 8, 400)
+    hasty = Teacher("mine.py:hasty")  # right for a third of a second
+    with pytest.raises(ValueError, match=r"makes \[1, 1284, 400\] of \[1, 409600\], not"):
+        hasty(torch.zeros(1, 160 * 2560))
 
 
 @pytest.mark.parametrize(
@@ -1326,6 +1392,44 @@ def test_the_cache_knows_changed_audio_and_broken_folders(tmp_path, audio, capsy
     assert third not in (first, second) and "preparing again" in capsys.readouterr().err
 
 
+def test_a_file_of_two_names_is_taken_once(tmp_path):
+    for name in ("a", "b"):
+        tone(tmp_path / "in" / "by-voice" / f"{name}.wav", 1)
+    (tmp_path / "in" / "by-set").mkdir()
+    (tmp_path / "in" / "by-set" / "x.wav").symlink_to(tmp_path / "in" / "by-voice" / "a.wav")
+    for name in ("d", "c"):
+        os.link(tmp_path / "in" / "by-voice" / "b.wav", tmp_path / "in" / f"{name}.wav")
+    found, _ = data_prep.list_audio(tmp_path / "in")
+    assert [path for path, *_ in found] == ["by-set/x.wav", "c.wav"]
+
+
+def test_a_download_stopped_while_unpacked_begins_anew(tmp_path, monkeypatch):
+    from torchaudio.datasets import libritts
+
+    def fetch(url, archive, hash_prefix):
+        assert url.endswith("/dev-clean.tar.gz") and hash_prefix
+        for name in ("1", "2"):
+            tone(tmp_path / "LibriTTS" / "dev-clean" / "84" / name / f"{name}.wav", 0.2)
+        shutil.make_archive(archive.removesuffix(".tar.gz"), "gztar", tmp_path, "LibriTTS")
+        shutil.rmtree(tmp_path / "LibriTTS")
+
+    def dies(archive):
+        real(archive)
+        next(Path(archive).parent.rglob("2.wav")).unlink()
+        raise KeyboardInterrupt
+
+    real, folder = libritts._extract_tar, tmp_path / "speech"
+    monkeypatch.setattr(libritts, "download_url_to_file", fetch)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(libritts, "_extract_tar", dies)
+        data_prep.download(folder, "dev-clean")
+    assert not folder.exists()
+    for _ in range(2):
+        data_prep.download(folder, "dev-clean")
+        assert len(list(folder.rglob("dev-clean/84/*/*.wav"))) == 2
+    assert os.listdir(tmp_path) == ["speech"]
+
+
 def test_two_preparations_of_one_folder_do_not_mix(tmp_path, audio):
     (tmp_path / "out.partial").mkdir()
     held = agrepa.lock(tmp_path / "out.partial" / ".lock")
@@ -1384,6 +1488,9 @@ def test_toy_corpus_is_the_same_each_time(tmp_path):
         assert np.array_equal(one, two) and np.isfinite(one).all() and np.abs(one).max() > 0.1
     files = sorted((tmp_path / "a").rglob("*.wav"))
     assert len(files) == 232
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine exists already"):
+        data_prep.toy(tmp_path / "mine")
     assert 0.68 < np.abs(soundfile.read(files[0])[0]).max() < 0.71
 
 
@@ -1506,6 +1613,27 @@ def test_strategies_differ_only_from_the_selection_on(folders, tmp_path):
     assert logs["foga"][-1]["loss"] != logs["none"][-1]["loss"]
 
 
+def test_named_layers_need_no_scores(folders, tmp_path):
+    """Alignment from the first step on, where no layer contributes yet."""
+    config = tiny(data=folders[1], select="2,4", probe_steps=1, steps=3, lr=1e-6)
+    for lam in train(config, tmp_path / "run").values():
+        assert lam == {2: 0.5, 4: 0.5}
+
+
+def test_a_run_says_whether_its_ranking_has_settled(folders, tmp_path, capsys):
+    for every, said in ((2, "of these 2 layers led at step 2, too"), (9, "one probe can't tell")):
+        train(tiny(data=folders[1], probe_every=every), tmp_path / str(every))
+        assert said in capsys.readouterr().out
+
+
+def test_another_number_of_processes_does_not_go_on(folders, tmp_path):
+    config = tiny(data=folders[1], steps=8)
+    train(config, tmp_path / "run")
+    state = agrepa.load_checkpoint(tmp_path / "run" / "last.pt")
+    with pytest.raises(ValueError, match="was run by 2 processes, not 1"):
+        train(config, tmp_path / "run", {**state, "world": state["world"] + 1})
+
+
 def test_align_until_and_block_targets(folders, tmp_path):
     config, data, model, bitc = setting(folders)
     heads, lam = nn.ModuleList([AlignmentHeads([2], 32, data[0].dim)]), {2: 1.0}
@@ -1586,7 +1714,7 @@ def test_heads_do_not_shrink_the_step_of_the_model(folders):
             for p in module.parameters():
                 p.grad = torch.full_like(p, g)
         one = torch.tensor(1.0)
-        run.update(1, one, one, one, one)
+        run.update(one, one, one, one)
         found.append(run.optimiser.state[run.model.null]["exp_avg"].clone())
     assert torch.equal(*found)
 
@@ -1747,7 +1875,7 @@ def test_bad_input_is_met_at_the_door(folders, audio, tmp_path, monkeypatch, cap
         (("--teacher", "WHISPER"), "prepared with MFCC"),
         (("--device", "abacus"), "--device abacus"),
         (("--device", "meta"), "--device meta"),
-        (("--nfe", 3), "--nfe goes with --sample"),
+        (("--nfe", 3), "--nfe does not go with training"),
         (("--lr", "nan"), "--lr nan"),
         (("--dropout", 1), "below 1"),
         (("--align-weight", -1), "0 or more"),
@@ -1758,6 +1886,9 @@ def test_bad_input_is_met_at_the_door(folders, audio, tmp_path, monkeypatch, cap
         (("--units", 70_000), "at most 65536"),
     ):
         assert word in refused(capsys, "--data", here, *argv), argv
+    for mode, flag in (("--evaluate", "--vocoder"), ("--sample", "--data"), ("--figures", "--nfe")):
+        said = refused(capsys, mode, "x", flag, {"--vocoder": "vocos"}.get(flag, 1))
+        assert f"{flag} does not go with {mode}" in said
     said = refused(capsys, "--data", here, here, here, "--batch-size", 16)
     assert "multiple of the 3 domains" in said
     said = refused(capsys, "--data", here, folders[2][1], "--out", "mixed")
@@ -1838,6 +1969,11 @@ def test_a_damaged_checkpoint_is_never_used(folders, tmp_path, capsys):
         assert state["step"] == 8 and "previous.pt, step 8" in capsys.readouterr().out
     (out / "previous.pt").write_bytes(b"")
     assert "no whole checkpoint is left" in refused(capsys, "--out", out, "--resume")
+    for name in ("last.pt", "previous.pt"):
+        (out / name).unlink()
+    tables = (out / "log.csv").read_text()  # it does not begin anew over these
+    assert "no whole checkpoint is left" in refused(capsys, "--out", out, "--resume")
+    assert (out / "log.csv").read_text() == tables
     for damage, why in (
         ({"names": None}, "parts are missing"),
         ({"config": {"lr": "high"}}, "--lr high is no float"),
@@ -1989,6 +2125,7 @@ def test_sampling_from_the_command_line(finished, audio, tmp_path, monkeypatch, 
     soundfile.write("silent.wav", np.zeros(24_000), 24_000)
     Path("text.wav").write_text("words")
     assert "exists already" in refused(capsys, *start, "--input", quiet, "--output", "a.wav")
+    assert "must end in .wav" in refused(capsys, *start, "--input", quiet, "--output", "a.flac")
     for argv, word in (
         (("--input", "silent.wav"), "silent"),
         (("--input", "text.wav"), "text.wav"),
@@ -2011,10 +2148,19 @@ def test_figures_and_comparison(finished, tmp_path, monkeypatch, capsys):
     assert "loss.png" in call(capsys, "--figures", finished)
     assert (finished / "loss.png").exists()
     other = shutil.copytree(finished, tmp_path / "other")
-    (other / "metrics.json").write_text(json.dumps({"one": {"frechet": 7}}))
-    said = call(capsys, "--figures", finished, other)
+    said = call(capsys, "--figures", finished, other, finished)
     assert str(other) in said and "2 x \n  held-out loss" in said and " +- 0  (2)" in said
-    assert re.search(r"one frechet +7  \(1\)", said)
+    how = {"step": 12, "seed": 0, "nfe": 32, "guidance": 2.0, "sway": -1.0}
+    for folder, row in ((other, how), (finished, {**how, "guidance": 3.0})):
+        (folder / "metrics.json").write_text(json.dumps({"one": {**row, "frechet": 7}}))
+    said = call(capsys, "--figures", finished, other)
+    assert re.search(r"1 x --guidance 2.0\n(.*\n)?  one frechet +7  \(1\)", said)
+    (other / "metrics.json").write_text(json.dumps({"one": {**how, "step": 8}}))
+    assert "--evaluate" in refused(capsys, "--figures", finished, other)
+    lines = (other / "log.csv").read_text().splitlines()
+    (other / "log.csv").write_text("\n".join(lines[:-1]))
+    assert f"{other}: not finished" in refused(capsys, "--figures", finished, other)
+    (finished / "metrics.json").unlink()
     assert "not the folder of a run" in refused(capsys, "--figures", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(capsys, "--figures", finished)
@@ -2094,8 +2240,12 @@ def test_code_in_a_stored_configuration_is_not_run(tmp_path, hasty_vocoder, caps
     checkpoint = tmp_path / "run" / "last.pt"
     assert f"--teacher {spec}" in refused(capsys, "--evaluate", checkpoint)
     assert ran.read_text() == before
-    call(capsys, "--evaluate", checkpoint, "--teacher", spec, "--nfe", 1)
-    assert ran.read_text() != before
+    argv = "--evaluate", checkpoint, "--teacher", spec, "--nfe", 1
+    agrepa.dispatch(agrepa.parse([str(x) for x in argv]))
+    assert ran.read_text() != before and "has changed" not in capsys.readouterr().err
+    teacher.write_text(teacher.read_text() + "# another version")
+    agrepa.dispatch(agrepa.parse([str(x) for x in argv]))
+    assert f"{spec} has changed since it taught" in capsys.readouterr().err
 
 
 def readme_code():
@@ -2173,7 +2323,7 @@ class Step:
         torch.manual_seed(0)
         self.config = Config(layers=layers, dim=dim, heads=heads, batch_size=batch, seconds=seconds)
         n = self.config.blocks
-        self.model = awake(agrepa.VelocityModel(layers, dim, heads), 0.02)
+        self.model = awake(agrepa.VelocityModel(layers, dim, heads))
         self.bitc, self.lam = nn.ModuleList([BiTC(dim, 768)]), [{1: 0.5, 5: 0.3, 3: 0.2}]
         self.heads = nn.ModuleList([AlignmentHeads(self.lam[0], dim, 768)])
         parts = (self.model, self.bitc, self.heads)
