@@ -1773,23 +1773,24 @@ def compare(folders):
             for name, row in json.loads((folder / "metrics.json").read_text()).items():
                 if row.pop("step", None) != config["steps"]:
                     raise ValueError(f"{folder}: --evaluate {folder}/last.pt again; it has gone on")
-                config |= {k: row.pop(k) for k in SAMPLED} | {"seed": config["seed"]}
-                found |= {f"{name} {metric}": value for metric, value in row.items()}
+                how = {k: row.pop(k) for k in SAMPLED}
+                other = " ".join(named(k, x) for k, x in how.items() if x != SAMPLED[k][0])
+                found |= {f"{name} {metric} {other}": value for metric, value in row.items()}
         runs.append((config, found))
         layers = (f"{name} {entry['layers']}" for name, entry in chosen.items())
         print(f"{folder}: seed {config['seed']}, layers", *layers)
-    apart = "seed out resume cache eval_every save_every".split()
-    first = runs[0][0]
-    settings = [k for k in {**first, **SAMPLED} if k not in apart]
-    differing = [k for k in settings if any(c.get(k) != first.get(k) for c, _ in runs)]
+    first, apart = runs[0][0], "seed out resume cache eval_every save_every".split()
+    differing = [k for k in first if k not in apart and any(c[k] != first[k] for c, _ in runs)]
     for config, found in runs:
-        groups[" ".join(named(k, config.get(k)) for k in differing)].append(found)
+        groups[" ".join(named(k, config[k]) for k in differing)].append(found)
     for label, alike in groups.items():
         print(f"\n{len(alike)} x {label}")
-        for name in dict.fromkeys(name for found in alike for name in found):
+        names = dict.fromkeys(name for found in alike for name in found)
+        width = max(map(len, names))
+        for name in names:
             values = [found[name] for found in alike if name in found]
             deviation = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-            print(f"  {name:36} {np.mean(values):.4g}{deviation}  ({len(values)})")
+            print(f"  {name:{width}}  {np.mean(values):.4g}{deviation}  ({len(values)})")
 
 
 # ---- 13. Command line ----------------------------------------------------------------------------
