@@ -251,11 +251,15 @@ def mfcc():
     return net, features
 
 
+def by_hash(thing):
+    return hashlib.md5(str(thing).encode(errors="surrogateescape")).hexdigest()
+
+
 def code_of(spec):
     """A hash of the file that a teacher FILE.py:FUNCTION stands in; None for others."""
     file = Path(spec.rsplit(":", 1)[0])
     if file.suffix == ".py" and file.is_file():
-        return hashlib.md5(file.read_bytes()).hexdigest()
+        return by_hash(file.read_bytes())
 
 
 class Teacher(nn.Module):
@@ -1325,9 +1329,8 @@ class Run:
     def save(self):
         """last.pt, by way of a file that is renamed when whole; the one before is previous.pt."""
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {name: getattr(self, name) for name in (*self.PLAIN, "names", "domains")}
+        state |= {name: getattr(self, name) for name in (*self.PLAIN, "names", "domains", "world")}
         state |= {"format": CHECKPOINT, "config": dataclasses.asdict(self.config)}
-        state["world"] = self.world
         state["seconds"] += time.time() - self.began
         last, part = self.out / "last.pt", self.out / "last.pt.part"
         try:
@@ -1495,7 +1498,7 @@ class Voice:
         """The domain's, and the one its units are of. Code runs only if the command line names it."""
         specs = [self.meta["teacher"], self.meta["units_teacher"]]
         trusted = self.given.get("teacher"), self.given.get("units_teacher")
-        for spec in specs:
+        for spec in dict.fromkeys(specs):
             if ":" in spec and spec not in trusted:
                 raise ValueError(f"its teacher is code, and runs only if you say --teacher {spec}")
             if code_of(spec) != self.meta["settings"]["code"].get(spec):
@@ -1989,14 +1992,14 @@ def dispatch(given):
     if stray:
         where = f"--{mode}" if mode in given else mode
         raise ValueError(f"--{min(stray).replace('_', '-')} does not go with {where}; leave it out")
-    if "sample" in given:
+    if mode == "sample":
         sample_file(given)
-    elif "evaluate" in given:
+    elif mode == "evaluate":
         for name, row in evaluate(given["evaluate"], given).items():
             print(name, *(f"  {k:24} {v:.5g}" for k, v in row.items()), sep="\n")
-    elif "figures" in given and len(given["figures"]) > 1:
+    elif mode == "figures" and len(given["figures"]) > 1:
         compare(given["figures"])
-    elif "figures" in given:
+    elif mode == "figures":
         print(*figures(given["figures"][0]), sep="\n")
     else:
         run_training(given)

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import argparse
 import collections
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -112,10 +111,6 @@ def scan(folder, files):
     return usable, skipped
 
 
-def by_hash(text):
-    return hashlib.md5(str(text).encode(errors="surrogateescape")).hexdigest()
-
-
 def hold_out(usable):
     """Which files to hold out: dev-* and test-* folders where there are any; else, in the order of a
     hash, whole folders just above the files (a chapter, a speaker) where there are FOLDERS of them,
@@ -129,7 +124,7 @@ def hold_out(usable):
     if len(groups) < FOLDERS:
         groups = {path: [path] for path in usable}
     total, held, taken = sum(usable.values()), set(), 0
-    for group in sorted(groups, key=by_hash):
+    for group in sorted(groups, key=agrepa.by_hash):
         size = sum(usable[p] for p in groups[group])
         if taken < max(0.02 * total, 300 / BLOCK) and taken + size <= 0.1 * total:
             held |= set(groups[group])
@@ -148,7 +143,7 @@ class Window(NamedTuple):
 def plan(usable):
     """-> the windows that files are cut into, in the order of their rows: those to train on first."""
     files, cuts = hold_out(usable), []
-    for path in sorted(usable, key=by_hash):
+    for path in sorted(usable, key=agrepa.by_hash):
         for start in range(0, usable[path], WINDOW):
             cuts.append((path, start, min(WINDOW, usable[path] - start)))
     held = {cut for cut in cuts if cut[0] in files}
@@ -349,7 +344,7 @@ def settings_of(folder, config, files):
     """All that a prepared folder depends on: the audio and the settings."""
     codes = {spec: agrepa.code_of(spec) for spec in (config.teacher, config.units_teacher)}
     codes = {spec: code for spec, code in codes.items() if code}
-    audio = {"source": str(folder.resolve()), "audio": by_hash(files), "code": codes}
+    audio = {"source": str(folder.resolve()), "audio": agrepa.by_hash(files), "code": codes}
     settings = {k: getattr(config, k) for k in agrepa.PREPARATION}
     return {**audio, **settings, "units_teacher": config.units_teacher or config.teacher}
 
