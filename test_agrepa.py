@@ -683,10 +683,9 @@ def test_hubert_bundle_end_to_end(audio, tmp_path, monkeypatch):
 
 TEACHER = """
 from __future__ import annotations
-import atexit, torch
+import torch
 from dataclasses import dataclass
 from beside import WIDTH
-atexit.register(print, "goodbye")
 
 @dataclass
 class Settings:
@@ -729,7 +728,8 @@ def test_teachers_of_the_users_own(name, audio, tmp_path, monkeypatch):
 
 def test_what_a_teacher_prints_is_not_the_folders_name(audio, tmp_path):
     (tmp_path / "beside.py").write_text("WIDTH = 5\n")
-    (tmp_path / "mine.py").write_text(TEACHER % "print(1); return x")
+    at_exit = "import atexit; atexit.register(print, 'goodbye')"
+    (tmp_path / "mine.py").write_text(TEACHER % "print(1); return x" + at_exit)
     argv = audio / "one", "--out", "out", "--teacher", "mine.py:load", "--units", "4"
     assert cli(*argv, program="data_prep.py", cwd=tmp_path).stdout == "out\n"
 
