@@ -4,7 +4,7 @@ The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
 
     python agrepa.py                                           # toy corpus, minutes on a CPU
     python agrepa.py --data ./LibriTTS --steps 100000          # prepare, probe, select, align
-    torchrun --nproc_per_node=8 agrepa.py --data prepared/LibriTTS-1 --steps 100000
+    torchrun --nproc_per_node=8 agrepa.py --data prepared/LibriTTS-1 --steps 100000  # once prepared
     python agrepa.py --sample runs/LibriTTS-1/last.pt          # held-out sounds, real and generated
 
  1  flow matching       Eqs. 1, 2    flow_path, flow_matching_loss
@@ -21,8 +21,8 @@ The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
 12  sound and pictures  Fig. 1       write_samples, draw
 13  command line                     main
 
-Shapes: B clips, T mel frames, N tokens, M mel bins, D the model's width, L layers (counted from 1).
-Time comes in chunks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames at 50 Hz.
+Shapes: B clips, T mel frames, N tokens, M mel bins, D the model's width, L layers, counted from 1.
+Time is in chunks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames at 50 Hz. T_x is T(x).
 """
 
 import argparse
@@ -53,7 +53,7 @@ from torch.utils import _pytree as pytree
 RATE, HOP, N_MELS = 24_000, 256, 100  # Vocos 24 kHz mel format
 TEACHER_RATE = 16_000  # HuBERT's
 CHUNK, MEL_FRAMES, TEACHER_FRAMES = 0.16, 15, 8  # seconds, mel and teacher frames of a chunk
-TRAINING, HELD_OUT, CHOICE, SAMPLING = range(4)  # what random numbers are drawn for
+TRAINING, HELD_OUT, CHOICE, SAMPLING = range(4)  # purposes, the first word of a draw's seed
 
 # ---- 1. Flow matching (Eqs. 1, 2) ----------------------------------------------------------------
 # Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their velocity u.
@@ -68,8 +68,8 @@ def flow_path(x0, x1, t):
 
 
 def flow_matching_loss(v, u):
-    """Eq. 2 of each clip, the norm as a mean, which sets what the other losses' weights mean. v, u
-    [B, ...] -> [B]. Raises ValueError where they differ in shape."""
+    """Eq. 2 of each clip, averaged over elements, not summed: the other losses' weights are relative
+    to that. v, u [B, ...] -> [B]. Raises ValueError where they differ in shape."""
     if v.shape != u.shape:
         raise ValueError(f"v {list(v.shape)} is not of the shape of u {list(u.shape)}")
     return (v.float() - u).square().flatten(1).mean(1)
@@ -77,8 +77,8 @@ def flow_matching_loss(v, u):
 
 # ---- 2. Velocity model (Eqs. 7, 15) --------------------------------------------------------------
 # A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c), where f_l is attention and feed-forward
-# together. The gates m_l are 1 in training, and to close one is to hand on h_{l-1}, so none is
-# written down. The conditioning c enters in h_0.
+# together. The gates m_l are 1 in training and stand nowhere in the code: fog_a closes one by handing
+# on h_{l-1}. The conditioning c enters in h_0.
 
 
 class Condition(NamedTuple):
@@ -105,12 +105,12 @@ def attention(q, k, v):
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
     # On a CPU its bf16 backward is slow: written out, a step takes 0.8 of the time.
-    score = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+    score = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     with torch.autocast("cpu", enabled=False):  # keeps the scores in bf16; softmax sums in float32
         return score.softmax(-1) @ v
 
 
-def modulate(h, shift, scale):
+def modulate(h, shift, scale):  # adaLN: h [B, T, D], shift and scale [B, 1, D]
     return F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
 
 
@@ -165,8 +165,8 @@ class VelocityModel(nn.Module):
         h = self.x_in(x_t) + self.cond_in(torch.cat([e, cond.ref], -1))
         waves = 1000 * t[:, None] * 1e4 ** -(torch.arange(128, device=h.device) / 128)
         t_emb = self.time(torch.cat([waves.cos(), waves.sin()], -1))  # [B, D]
-        d = h.shape[-1] // self.layers[0].heads // 2
-        turns = 1e4 ** -(torch.arange(d, device=h.device) / d)  # from 1 to 1e-4 (RoFormer)
+        half = h.shape[-1] // self.layers[0].heads // 2
+        turns = 1e4 ** -(torch.arange(half, device=h.device) / half)  # from 1 to 1e-4 (RoFormer)
         turns = torch.arange(T, device=h.device)[:, None] * turns
         for layer in self.layers:
             h = layer(h, t_emb, turns)
@@ -174,7 +174,7 @@ class VelocityModel(nn.Module):
 
 
 # ---- 3. Teacher, T(x) ----------------------------------------------------------------------------
-# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in preparation.
+# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in data_prep.py.
 # A clip's T(x) is the mean of its features, less the corpus mean: without that, all clips have
 # nearly one target.
 
@@ -187,14 +187,13 @@ class Teacher(nn.Module):
         super().__init__()
         bundle = getattr(torchaudio.pipelines, name)
         net = bundle.get_model()
-        self.net = getattr(net, "model", net)  # large bundles' wrapper normalises the whole batch
+        self.net = getattr(net, "model", net)  # less a wrapper that normalises the whole batch
         self.normalise, self.layer = bundle._normalize_waveform, layer
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, wave):
-        # HuBERT hears 25 ms at once, which costs a frame; 5 ms of silence in front give it back
-        # and centre its frames within 3 ms of the mel's.
+        # 5 ms in front, since HuBERT hears 25 ms at once, centre 8 frames on a chunk's 15 of mel.
         wave = F.pad(wave, (80, 0))
         if self.normalise:
             wave = F.layer_norm(wave, wave.shape[1:])  # each clip by itself
@@ -204,7 +203,7 @@ class Teacher(nn.Module):
 def log_mel(wave):
     """Waveform [B, n x 256] at 24 kHz -> [B, n, 100]: n_fft 1024, magnitude, natural log."""
     mel = torchaudio.transforms.MelSpectrogram(RATE, 1024, hop_length=HOP, n_mels=N_MELS, power=1)
-    return mel.to(wave.device)(wave)[..., :-1].clamp(min=1e-5).log().mT  # Vocos clamps at 1e-7
+    return mel.to(wave.device)(wave)[..., :-1].clamp(min=1e-5).log().mT  # the paper's; Vocos: 1e-7
 
 
 # ---- 4. The token interface: BiT-C (Eqs. 3 to 5) -------------------------------------------------
@@ -230,7 +229,7 @@ class BiTC(nn.Module):
 
     def forward(self, e, T_x, mask=None):
         """Eqs. 3, 4: e [B, N, D], T_x [B, teacher_dim], mask [B, N] -> s = cos(P z, T(x)) [B]."""
-        z = F.layer_norm(pool(e, mask), e.shape[-1:])  # no gain, no bias: P follows
+        z = F.layer_norm(pool(e, mask), e.shape[-1:])  # P would absorb gain and bias
         return F.cosine_similarity(self.P(z).float(), T_x.float(), dim=-1)
 
 
@@ -240,33 +239,32 @@ def bitc_loss(s, keep):
 
 
 # ---- 5. LASP: what a layer stores (Eq. 6) --------------------------------------------------------
-# BiT-C's score with a layer's hidden state where the tokens were: the same head, frozen, for all.
+# BiT-C's score with a layer's hidden state where the tokens were, by the same head for all layers.
 
 
 @torch.no_grad()
 def lasp(hidden, bitc, T_x, mask=None):
-    """hidden {k: [B, T, D]}, bitc a domain's head, T_x [B, teacher_dim], mask [B, T] -> [L, B], in
-    ascending order of k."""
+    """hidden {k: [B, T, D]}, bitc a head, T_x [B, teacher_dim], mask [B, T] -> [L, B], k ascending."""
     return torch.stack([bitc(hidden[k], T_x, mask) for k in sorted(hidden)])
 
 
 # ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ----------------------------------------------
-# Close one layer's gate, see how far the velocity moves: L + 2 passes. A closed block hands on that
-# input which stood where, with all gates open, the next block takes in what this one returned.
+# Close one layer's gate, see how far the velocity moves: L + 2 passes. A closed block returns its
+# input h_{l-1}, which an open pass finds: it stands where the next block takes in this one's output.
 
 
 @torch.no_grad()
 def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
     """Eqs. 8, 9 for any residual network: scores [L, B]; their mean over B is FoG-A.
     velocity(*inputs) -> v [B, ...]. blocks: modules, each returning its own sum h + f(h); or lists of
-    modules that return f(h): [[attn, ff], ...]. skip(args, kwargs, output): what a closed module
-    returns, where a ValueError asks for it."""
+    modules that return f(h), closed to zeros: [[attn, ff], ...]. skip(args, kwargs, output): what a
+    closed module returns, where a ValueError asks for it."""
     gates, passes = Gates(blocks, skip), []
 
     def eval_mode(module, args):
         if module.training:
             undo.callback(setattr, module, "training", True)
-            module.training = False
+            module.training = False  # whatever runs: velocity may be any callable
 
     with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
@@ -274,30 +272,29 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
         for module in gates.number:
             undo.callback(module.register_forward_pre_hook(gates.before, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(gates.after, with_kwargs=True).remove)
-        for closed in (None, (), *gates.groups):  # open, open again, Eq. 8 for each block
+        for closed in (None, (), *gates.groups):  # look, the same again, Eq. 8 for each block
             gates.closed, gates.kept = closed, None
             torch.manual_seed(0)  # the same random numbers in each pass
             v = velocity(*inputs)
             passes.append(v.reshape(len(v), -1).clone())
-            ran = {call[0] for call in gates.calls}
-            for k in sorted(gates.number[module] for module in gates.number.keys() - ran):
-                raise ValueError(f"fog_a: block {k} never ran (a ModuleList?)")
+            if never := gates.number.keys() - {call[0] for call in gates.calls}:
+                k = min(gates.number[module] for module in never)
+                raise ValueError(f"fog_a: block {k} never ran (a ModuleList is never called)")
     v, again, *ablated = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes)
     if (again - v).norm() > 1e-3 * v.norm():
-        raise ValueError("fog_a: velocity changes from pass to pass (numpy's random numbers?)")
+        raise ValueError("fog_a: velocity changes from pass to pass (randomness outside torch?)")
     return torch.stack([(v_k - v).norm(dim=1) / (v.norm(dim=1) + eps) for v_k in ablated])  # Eq. 9
 
 
-def tensors(tree):  # {place: (tensor, how often it was written into)} of inputs or an output
-    paths = pytree.tree_flatten_with_path(tree)[0]
-    return {at: (x, x._version) for at, x in paths if torch.is_tensor(x)}
+def tensors(tree):  # {place: (tensor, its version: how often it was written into)}
+    return {p: (x, x._version) for p, x in pytree.tree_leaves_with_path(tree) if torch.is_tensor(x)}
 
 
-class Gates:  # hooks; closed: modules that hand on their input, or None: look what each takes in
+class Gates:  # hooks. closed: modules to close; None: note what each takes in and returns
     def __init__(self, blocks, skip):
         self.groups = [list(b) if isinstance(b, (list, tuple)) else (b,) for b in blocks]
         self.number = {module: k for k, group in enumerate(self.groups, 1) for module in group}
-        self.skip, self.calls = skip, []  # in the open pass: module, inputs, outputs
+        self.skip, self.calls = skip, []  # (module, inputs, outputs), kept so that ids stay theirs
 
     def before(self, module, args, kwargs):
         self.came = tensors((args, kwargs))
@@ -316,12 +313,13 @@ class Gates:  # hooks; closed: modules that hand on their input, or None: look w
         i -= module is self.calls[-1][0] and i > 0  # the last block does as the one before it
         (_, own, outputs), (_, given, _) = self.calls[i], self.calls[i : i + 2][-1]
         place = {(id(y), n): p for p, (y, n) in given.items()}
-        places = {at: place.get((id(x), n)) for at, (x, n) in outputs.items()}
+        places = {at: place.get((id(x), n)) for at, (x, n) in outputs.items()}  # in the next
         sums = [h + x for h, _ in own.values() for x, _ in outputs.values() if h.shape == x.shape]
         rest = [y for p, (y, _) in given.items() if p not in places.values()]
-        adds = any(torch.equal(y, z) for y in rest for z in sums)
+        adds = any(torch.equal(y, z) for y in rest for z in sums)  # its caller, h
         due = {at: x.shape for at, (x, _) in tensors(output).items()}
         other = [(p, id(y)) for p, (y, _) in takes.items() if y.shape in due.values()]
+        # A second state, of no neighbour's: a long skip, say, which closing must not cut.
         merges = any(x not in shared and x[0] not in places.values() for x in other)
         kept = {} if merges else {p: x for p, (x, _) in tensors(self.kept).items()}
         stood = {at: kept.get(places.get(at)) for at in due}
@@ -351,7 +349,7 @@ def select_layers(scores, k=3):
     if scores.dim() != 1 or not 1 <= k <= len(scores) or not scores.isfinite().all():
         raise ValueError(f"can't choose {k} layers from scores {scores.tolist()}")
     if scores.max() < 1e-4:
-        raise ValueError("no layer contributes: adaLN-Zero's are closed at first; train on")
+        raise ValueError("no layer contributes yet; adaLN-Zero starts closed: probe for longer")
     best = scores.argsort(descending=True, stable=True)[:k]  # of ties, the shallower
     lam = scores[best] / scores[best].sum()
     return dict(zip((best + 1).tolist(), lam.tolist(), strict=True))
@@ -359,14 +357,14 @@ def select_layers(scores, k=3):
 
 # ---- 8. Alignment (Eq. 12) -----------------------------------------------------------------------
 # A small head a layer maps the pooled hidden state to the teacher's space; the loss is one minus the
-# cosine. Wherever layers are asked for, the dictionary {layer: lambda} of section 7 will do.
+# cosine. Wherever layers are asked for, the dictionary {layer: lambda} of section 7 is accepted.
 
 
 @contextlib.contextmanager
 def capture(blocks, layers, output=None):
     """Hidden states of any model, with gradient, in the forward pass you make anyway:
     `with capture(model.blocks, layers) as hidden: v = model(...)` -> hidden[9] is what the ninth block
-    returned; output: which one, of several. Raises ValueError where a state isn't to be had."""
+    returned; output: which one, of several. Raises ValueError where a block gave none."""
     blocks, hidden = list(blocks), {}
 
     def keep(k, block, args, returned):
@@ -418,12 +416,11 @@ def agrepa_loss(hidden, heads, T_x, lam, mask=None):
     for k in lam:
         shape = hidden[k].shape
         if len(shape) != 3 or shape[0] != B or (mask is not None and mask.shape != shape[:2]):
-            found = f"{list(shape)}, mask {None if mask is None else list(mask.shape)}"
-            raise ValueError(f"agrepa_loss: layer {k} is {found}, not [{B}, T, D] and [{B}, T]")
+            raise ValueError(f"agrepa_loss: layer {k} is {list(shape)}, or its mask isn't [B, T]")
         head, z = heads[str(k)], pool(hidden[k].unflatten(1, (n, -1)), stretches)
         z = head(z.to(head[0].weight.dtype)).float()  # heads of any precision
         far = 1 - F.cosine_similarity(z, T_x, dim=-1)  # [B, n]
-        loss = loss + lam[k] * pool(far[..., None], real)[:, 0]
+        loss = loss + lam[k] * pool(far[..., None], real)[:, 0]  # the mean of real stretches
     return loss
 
 
@@ -448,7 +445,7 @@ def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0):
 
 
 def mel_to_wave(mel, vocoder="griffinlim", seed=0):
-    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz: Griffin-Lim, phases by seed; or vocos."""
+    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz: Griffin-Lim, or vocos."""
     mel = torch.cat([mel, mel[:, -1:]], 1).transpose(1, 2)  # one more frame closes the last hop
     if vocoder == "vocos":
         from vocos import Vocos
@@ -475,7 +472,7 @@ def clips_of(utterances, n):
     source = np.where(chunks < n, folder, folder.max(initial=0) + 1 + np.arange(len(chunks)))
     order = source.argsort(kind="stable")
     rows = [np.arange(first[u], first[u] + chunks[u]) for u in order]
-    source = source[order].repeat(chunks[order])  # of each row
+    source = source[order].repeat(chunks[order])  # of each row: its recording, or folder
     starts = np.flatnonzero(source[: max(0, len(source) - n + 1)] == source[n - 1 :])
     return np.concatenate([np.arange(0), *rows]), starts
 
@@ -490,18 +487,18 @@ class PreparedFolder:
         self.n, self.d, self.meta = n, d, json.loads(Path(folder, "meta.json").read_text())
         self.mel = rows("mel.bin", "<f2", MEL_FRAMES, N_MELS)
         self.tokens = rows("tokens.bin", "<u2", TEACHER_FRAMES * self.meta["codebooks"])
-        self.teacher = rows("teacher.bin", "<f2", self.meta["teacher_dim"])
+        self.teacher = rows("teacher.bin", "<f2", self.meta["teacher_dim"])  # a chunk's mean
         self.centre = np.float32(self.meta["teacher_mean"]) * (not raw_teacher)
         utterances = np.load(Path(folder, "utterances.npy"))
         train, held = np.split(utterances, [len(utterances) - self.meta["held_out"]])
         # Layers are chosen on every other held-out utterance; the held-out loss is of the others.
         parts = {"training": train, "held out": held, "loss": held[::2], "choice": held[1::2]}
         self.clips = {name: clips_of(part, n) for name, part in parts.items()}
-        if not all(len(starts) for _, starts in self.clips.values()):  # too few to be parted
+        if not all(len(starts) for _, starts in self.clips.values()):  # too few: alike in both
             self.clips |= dict.fromkeys(("loss", "choice"), self.clips["held out"])
 
     def clip(self, part, where, length, draws, t=0.0, keep=True):
-        """The clip at the share `where` of a part's, with a reference of the share `length` of 30 %."""
+        """The part's clip at `where`, in [0, 1); `length` of its first 30 % are its reference."""
         rows, starts = self.clips[part]
         if not len(starts):
             raise ValueError(f"{self.meta['name']} has no clip so long for {part}: lower --seconds")
@@ -532,8 +529,8 @@ class Batch(NamedTuple):
         return pytree.tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), self)
 
 
-def training_batch(data, config, step, rank=0, world=1):
-    """Step `step`'s clips for this process, config.batch_size in all. data: a folder a domain."""
+def training_batch(data, config, step, rank=0):
+    """The config.batch_size clips of step `step` for process `rank`. data: a folder a domain."""
     b, clips = config.batch_size // len(data), []
     for folder in data:
         for i in range(rank * b, rank * b + b):
@@ -567,7 +564,7 @@ def collate(clips, domains):
 # ---- 11. Training (App. A.5: probe, then intervene) ----------------------------------------------
 
 PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
-PROBED = "foga", "lasp", "gradnorm"
+PROBED = "foga", "lasp", "gradnorm"  # a probe's columns
 STRATEGIES = *PROBED, "random", "none"
 DTYPES, DEVICES = ("auto", "bfloat16", "float32"), ("auto", "cuda", "mps", "cpu")
 
@@ -587,7 +584,7 @@ class Config:
     dim: int = flag(512, "its width (paper: 1024)")
     heads: int = flag(8, "its attention heads (paper: 16)")
     dropout: float = flag(0.0, "in the layers (paper: 0.2)")
-    lr: float = flag(1e-4, "peak, after a rise over a tenth of the steps, before a cosine")
+    lr: float = flag(1e-4, "start of a cosine; under it a rise over the first tenth of the steps")
     seed: int = flag(0, "of initialisation, crops, noise and times")
     teacher: str = flag("HUBERT_BASE", "speech bundle of torchaudio, MFCC, or FILE.py:FUNCTION")
     units_teacher: str = flag("", "whose k-means units are the tokens (default: the teacher's)")
@@ -639,7 +636,7 @@ def check(config):
 
 
 def launch(config):
-    """-> rank, world (how many processes), device, and what makes the context to run a model in."""
+    """-> rank, world (how many processes), device, and a function that opens the autocast context."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ["RANK"]) if world > 1 else 0
     best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
@@ -664,12 +661,12 @@ class Objective(nn.Module):
         vocab = [meta["units"] * meta["codebooks"] for meta in metas]
         self.model = VelocityModel(config.layers, config.dim, config.heads, config.dropout, vocab)
         self.bitc = nn.ModuleList(BiTC(config.dim, meta["teacher_dim"]) for meta in metas)
-        self.heads, self.lam, self.aligning = nn.ModuleList(), [], None
+        self.heads, self.lam, self.aligning = nn.ModuleList(), [], None  # until it trains
 
     def add_heads(self, lam):
         """lam: each domain's {layer: lambda}."""
-        torch.manual_seed(self.config.seed + 1)  # alike in every process
-        self.lam, self.aligning = lam, not self.training  # the moving average always, to be logged
+        torch.manual_seed(self.config.seed + 1)  # alike in the moving average and every process
+        self.lam, self.aligning = lam, not self.training  # the average's, for the log, stays on
         for chosen, meta in zip(lam, self.metas, strict=True):
             self.heads.append(AlignmentHeads(chosen, self.config.dim, meta["teacher_dim"]))
         self.heads.to(self.model.null.device).requires_grad_(False)  # until it aligns
@@ -698,7 +695,7 @@ def update(objective, ema, optimiser, step):
     """One step of AdamW, unless a gradient isn't finite, and of the moving average."""
     heads = [p for p in objective.heads.parameters() if p.grad is not None]
     others = [*objective.model.parameters(), *objective.bitc.parameters()]
-    # Heads are clipped apart: they must not shrink the model's step.
+    # In one norm the heads' gradients would shrink the model's step.
     norms = [nn.utils.clip_grad_norm_(part, 1.0) for part in (others, heads) if part]
     steps, peak = objective.config.steps, objective.config.lr
     rise, fall = 10 * (step + 1) / steps, 0.5 + 0.5 * np.cos(np.pi * step / steps)
@@ -713,8 +710,8 @@ def update(objective, ema, optimiser, step):
 
 
 def probe(model, bitc, batch):
-    """What each layer stores and contributes, on a batch of one domain, over PROBE_TIMES, in float32:
-    scores are differences of close numbers -> [L][3]: FoG-A, LASP, the norm of L_FM's gradient."""
+    """What each layer stores and contributes, on a batch of one domain, the mean over PROBE_TIMES. In
+    float32, without autocast: scores are differences of close numbers. -> PROBED of each layer."""
     L, found = len(model.layers), []
     model.eval()
     for now in PROBE_TIMES:
@@ -726,7 +723,7 @@ def probe(model, bitc, batch):
         store = lasp(hidden, bitc, pool(batch.teacher[0])).mean(1)
         loss = flow_matching_loss(v, u).mean()
         gradients = torch.autograd.grad(loss, [*model.layers.parameters()])
-        norms = torch.stack([g.norm() for g in gradients]).view(L, -1).norm(dim=1)
+        norms = torch.stack([g.norm() for g in gradients]).view(L, -1).norm(dim=1)  # of L_FM
         found.append(torch.stack([foga, store, norms], 1))
     model.train()
     return torch.stack(found).mean(0).tolist()
@@ -746,7 +743,7 @@ def choose(config, scores, d):
 
 
 def report(config, name, lam, scores, early):
-    """Prints what layers store and contribute, which are chosen, and how surely. early: FoG-A before."""
+    """Prints scores, the choice, and how sure it is. early: FoG-A of earlier probes [probes, L]."""
     print(f"\n{name}: mean of the late probes\nlayer   FoG-A    LASP  grad norm  lambda")
     for k, row in enumerate(zip(*scores.values(), strict=True), 1):
         chosen = f"  {lam[k]:6.3f}  chosen" if k in lam else ""
@@ -755,13 +752,12 @@ def report(config, name, lam, scores, early):
     if config.select == "foga" and len(early) and K < len(foga):
         common = len(lam.keys() & {*(np.argsort(early[-1])[-K:] + 1).tolist()})
         print(f"margin: layer {[*lam][-1]} is {foga[K - 1] / foga[K] - 1:.1%} above the next")
-        print(f"{common} of these {K} layers led at half the time, too")
-        if common < K:
-            print("warning: the ranking is still moving; more --probe-steps would settle it")
+        moving = "; the ranking is still moving: more --probe-steps would settle it" * (common < K)
+        print(f"{common} of these {K} layers led at half of phase I, too{moving}")
 
 
 def end_phase1(config, names, probes):
-    """Chooses on the mean of the probes in its second half -> each domain's {layer: lambda}."""
+    """Chooses on the mean of its second half's probes -> each domain's {layer: lambda}."""
     found, entries = [], {}
     for d, name in enumerate(names):
         rows = np.array([[row[0], *row[3:]] for row in probes if row[1] == name])
@@ -806,12 +802,12 @@ def begin_phase2(objective, ema, optimiser, lam):
 
 
 def build(config, metas, device, state):
-    """What training changes, by name, as `state`, a checkpoint, has it."""
+    """-> what training changes, by name; as it is in `state`, if there is a checkpoint."""
     torch.manual_seed(config.seed)
     objective = Objective(config, metas).to(device)
     ema = copy.deepcopy(objective).requires_grad_(False).eval()  # a moving average
     for layer in objective.model.layers if config.compile else ():
-        layer.forward = torch.compile(layer.forward)  # one graph serves all, hooks see each
+        layer.forward = torch.compile(layer.forward)  # not the module: hooks stay outside
     optimiser = torch.optim.AdamW(objective.parameters(), lr=0.0, weight_decay=0.1, fused=True)
     parts = {"objective": objective, "ema": ema, "optimiser": optimiser}
     if state and state["lam"]:
@@ -822,9 +818,8 @@ def build(config, metas, device, state):
 
 
 def end_on_signals(stop):
-    """Signals fill the list `stop`, for a step to end first; not those that nohup ignores."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+    """Signals fill the list `stop`, so that a step can end first; not those that nohup ignores."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: stop.append(1))
 
@@ -857,23 +852,37 @@ def train(config, state=None):
             torch.save(saved, out / "last.pt.part")
             os.replace(out / "last.pt.part", out / "last.pt")  # a whole one is there at any moment
 
-    if not log:  # nothing can be refused any more
+    if not log:  # a new run, and all its settings have passed
         out.mkdir(parents=True, exist_ok=world > 1)
         write_log()
         save()
     wrap = nn.parallel.DistributedDataParallel if world > 1 else (lambda module: module)
-    make = partial(training_batch, data, config, rank=rank, world=world)
+    add_up = dist.all_reduce if world > 1 else (lambda x: x)
+    make = partial(training_batch, data, config, rank=rank)
     ahead = {"num_workers": 4, "pin_memory": True} if device.type == "cuda" else {}
     steps = range(step, config.steps)
     batches = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, **ahead)
     end_on_signals(stop)
     try:
         for batch in batches:
+            # Phase I probes now and then, and ends with the choice of layers.
+            ends = step == config.phase1
+            due = 0 < step <= config.phase1 and (step % config.every == 0 or ends)
+            if due and step not in [row[0] for row in probes]:
+                probes += [
+                    [step, name, k, *scores]
+                    for name, head, clips in zip(names, objective.bitc, choice, strict=True)
+                    for k, scores in enumerate(probe(objective.model, head, clips), 1)
+                ]
+            if ends and not objective.lam:
+                lam = end_phase1(config, names, probes) if rank == 0 else [None] * len(data)
+                begin_phase2(objective, ema, optimiser, lam)
+
             aligning = config.phase1 <= step < config.until
             if objective.aligning != aligning:
                 objective.aligning = aligning
                 objective.heads.requires_grad_(aligning)
-                model = wrap(objective)
+                model = wrap(objective)  # anew, since its parameters are others
             torch.manual_seed(hash((config.seed, step, rank)) % 2**32)  # dropout's
 
             # Phase I, before there are heads: L_FM + lambda_BiT L_BiT. Phase II: Eq. 12.
@@ -883,25 +892,14 @@ def train(config, state=None):
             loss.backward()
             update(objective, ema, optimiser, step)
             step += 1
-            sums += torch.stack([fm, bitc, align, fm * 0 + 1, fm * 0 + aligning]).detach()
-
-            # Phase I probes now and then, and ends with the choice of layers.
-            ends = step == config.phase1
-            if step <= config.phase1 and (step % config.every == 0 or ends):
-                probes += [
-                    [step, name, k, *scores]
-                    for name, head, clips in zip(names, objective.bitc, choice, strict=True)
-                    for k, scores in enumerate(probe(objective.model, head, clips), 1)
-                ]
-            if ends:
-                lam = end_phase1(config, names, probes) if rank == 0 else [None] * len(data)
-                begin_phase2(objective, ema, optimiser, lam)
-
-            if step % config.eval_every == 0 or ends or step == config.steps:
+            sums += torch.stack([fm, bitc, align, 0 * fm + 1, 0 * fm + aligning]).detach()
+            if step % config.eval_every == 0 or step in (config.phase1, config.steps):
                 write_log()
             if step % config.save_every == 0:
                 save()
-            if stop:
+            told = torch.tensor(len(stop), device=device)
+            add_up(told)  # of all processes, which must leave after the same step
+            if told:
                 break
     finally:
         save()
@@ -912,20 +910,21 @@ def train(config, state=None):
 
 def write_samples(state, out, given):
     """Sounds held-out clips again from their tokens and first 30 %. What follows goes to out/<domain>/real
-    and generated; again/ is real/ from other phases, a floor. -> {domain: its first pair of mel}."""
+    and generated; again/ is real/ from other phases, a floor. -> {domain: its first clip's mels}."""
     own = {k: given[k] for k in ("data", "device", "dtype") if k in given}
     config = Config(**{**state["config"], "device": "auto", **own})
     *_, device, autocast = launch(config)
     objective = Objective(config, state["metas"]).to(device).eval()
-    objective.load_state_dict(state["ema"], strict=False)  # it may have alignment heads
-    guidance = 3.0 if state["step"] >= 10_000 else 1.0  # it overdrives the mel of short runs
+    objective.add_heads(state["lam"] or [{} for _ in state["metas"]])
+    objective.load_state_dict(state["ema"])
+    guidance = 3.0 if state["step"] >= 10_000 else 1.0  # 3 overdrives the mel of short runs
     how = {"nfe": 32, "guidance": guidance, "sway": -1.0}
     how |= {k: given[k] for k in how.keys() & given.keys()}
     pairs, units = {}, [meta["units_id"] for meta in state["metas"]]
     for path in config.data:
         meta, began = json.loads(Path(path, "meta.json").read_text()), time.time()
-        *_, chunks, place = np.load(Path(path, "utterances.npy")).T
-        n = min(config.chunks, np.bincount(place, chunks).max().astype(int))  # it may be short
+        _, chunks, place = np.load(Path(path, "utterances.npy"))[-meta["held_out"] :].T
+        n = min(config.chunks, np.bincount(place, chunks).max().astype(int))  # all may be short
         if meta["units_id"] not in units:
             raise ValueError(f"{path} is in other tokens than the run's: prepare it with --like")
         folder = PreparedFolder(path, n, units.index(meta["units_id"]))
@@ -1017,13 +1016,15 @@ def load(path):
         raise ValueError(f"{path}: no checkpoint, or a damaged one") from None
 
 
-def unused(name):  # the first that isn't there, {} being 1, 2, 3, ...
+def unused(name):  # name with 1, 2, 3, ... for {}: the first that doesn't exist
     return next(path for i in range(1, 10**9) if not (path := Path(name.format(i))).exists())
 
 
 def settings(given):
     """-> Config, the meta of each domain, and with --resume the checkpoint to go on from."""
     state, asked = None, given
+    if other := given.keys() - {f.name for f in dataclasses.fields(Config)}:
+        raise ValueError(f"only --sample has {other}")
     if "resume" in given:
         state = load(Path(given.get("out", ""), "last.pt"))
         if given.keys() - FREE:
@@ -1074,11 +1075,10 @@ def main():
         dist.destroy_process_group()
     if rank == 0:
         state = load(out / "last.pt")
-        if state["step"] < config.steps:
-            at = state["step"]
+        if (at := state["step"]) < config.steps:
             raise KeyboardInterrupt(f"stopped at step {at}: --out {out} --resume goes on")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        pairs = write_samples(state, out / "samples", {"count": 1})
+        pairs = write_samples(state, out / "samples", {"count": 1, "device": config.device})
         draw(out, json.loads((out / "layers.json").read_text()), state["log"], pairs)
         told = 1 - state["log"][-1]["val_align"] if any(state["lam"]) else 0
         print(f"{out}: samples, pictures; the aligned layers tell {told:.2f} of T(x), held out")
@@ -1088,7 +1088,7 @@ def guarded(work):
     """Runs a program: an error is a line and exit code 2, Ctrl-C a line and 130."""
     try:
         return work()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

@@ -472,6 +472,8 @@ def test_alignment_compares_in_float32_whatever_comes():
     loss = agrepa_loss({1: h}, heads, huge, {1: 1.0})
     assert_close(loss, agrepa_loss({1: h}, heads, huge.float(), {1: 1.0}))
     assert torch.autograd.grad(loss.sum(), h)[0].any()
+    bitc = BiTC(8, 700)
+    assert_close(bitc(h, huge), bitc(h, huge.float()))
     low = agrepa_loss({1: h.bfloat16()}, heads.bfloat16(), huge, {1: 1.0})
     assert low.dtype == torch.float32 and (low - loss).abs().max() < 0.05
 
@@ -565,34 +567,23 @@ def test_sections_run_when_pasted_alone(numbers, most):
         assert own["lasp"](hidden, own["BiTC"](4, 3), T_x).shape == (1, 2)
 
 
-def cited_and_defined():
-    """{number: (what a row of the docstring's table cites, its names)}, checked against the file."""
-    found = {}
+def test_tables_of_sections_and_equations_tell_the_truth():
+    own, banners = {}, sections()
     for n, row in re.findall(r"^ ?(\d+)  (\S.*)", agrepa.__doc__, re.M):
         _, *cited, names = re.split(r" {2,}", row)
-        text = sections()[int(n)]
-        found[int(n)] = "".join(cited), {getattr(node, "name", "") for node in ast.parse(text).body}
-        assert found[int(n)][0] in text.splitlines()[0], row
-        assert set(names.split(", ")) <= found[int(n)][1], row
-    assert list(found) == list(sections()) == list(range(1, 14))
-    return found
-
-
-def test_tables_of_sections_and_equations_tell_the_truth():
-    own = {cited: names for cited, names in cited_and_defined().values() if "Eq" in cited}
+        text, cited = banners.pop(int(n)), "".join(cited)
+        own[cited] = {getattr(node, "name", "") for node in ast.parse(text).body}
+        assert cited in text.splitlines()[0] and set(names.split(", ")) <= own[cited], row
     text = (HERE / "README.md").read_text()
     rows = dict(re.findall(r"^\| (Eqs?\. .*?) \| .* \| (`.*`) \|$", text, re.M))
-    assert rows.keys() == own.keys()
+    assert not banners and rows.keys() == {cited for cited in own if "Eq" in cited}
     for cited, names in rows.items():
         assert set(re.findall(r"`(\w+)`", names)) <= own[cited], cited
 
 
 def test_readme_recipes_run_as_they_stand():
     recipes = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    recipes = [code for code in recipes if "f5_tts" not in code and "def load" not in code]
-    assert recipes
-    for recipe in recipes:
-        torch.manual_seed(0)
+    for recipe in [code for code in recipes if "f5_tts" not in code]:
         exec(recipe, own := {})
         assert own["hidden"].keys() == own["layers"].keys() and torch.isfinite(own["loss"])
 
@@ -703,10 +694,11 @@ ANSWERS = {
     "numpy": ("return x.numpy()", None),
     "gradient": ("return x.clone().requires_grad_()", None),
     "an output": ("import types; return types.SimpleNamespace(last_hidden_state=x)", None),
-    "complex": ("return torch.complex(x, x)", "complex"),
-    "late": ("assert self.calls < 3, 'too long a sound'; return x", "too long a sound"),
-    "few": ("return x[:, 1:]", r"not reals \[.*, width"),
-    "words": ("return 'words'", "Error"),
+    "complex": ("return torch.complex(x, x)", "load: .*complex"),
+    "huge": ("return 1e9 * x", "features that aren't finite"),
+    "late": ("assert self.calls < 3, 'too long a sound'; return x", "load: .*too long"),
+    "few": ("return x[:, 1:]", r"load: .*not reals \[.*, width"),
+    "words": ("return 'words'", "load: .*Error"),
 }
 
 
@@ -719,7 +711,7 @@ def test_teachers_of_the_users_own(name, audio, tmp_path, monkeypatch):
     config = tiny(teacher=f"{tmp_path / file}:load", units=4)
     monkeypatch.setattr(sys, "path", [*sys.path])
     if why:
-        with pytest.raises(ValueError, match=f"--teacher .*{file}:load: .*{why}"):
+        with pytest.raises(ValueError, match=why):
             prepare(audio / "one", tmp_path / "out", config)
     else:
         folder = prepare(audio / "one", tmp_path / "out", config)
@@ -865,13 +857,18 @@ def test_preparations_do_not_mix(tmp_path, audio, capfd):
         with pytest.raises(ValueError, match="in use by another process"):
             prepare(audio / "one", tmp_path / "out")
         (tmp_path / "out.partial" / "files.jsonl").write_text('{"units": 9}\n')
-        Path(tmp_path / "out.partial" / "units.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="of other audio or settings"):
+        np.save(tmp_path / "out.partial" / "units.npy", np.zeros((8, 39)))
+    with pytest.raises(ValueError, match="prepare with another --out"):
+        prepare(audio / "one", tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / "out.partial")
+    with pytest.raises(ValueError, match="partial is of other audio or settings"):
         prepare(audio / "one", tmp_path / "out")
     first = prepare(audio / "one", tmp_path / "mine")
     assert capfd.readouterr().out.count("files,") > 1
     assert prepare(audio / "one", tmp_path / "mine") == first  # found again
     assert "files," not in capfd.readouterr().out
+    with pytest.raises(ValueError, match="of other audio or settings"):
+        prepare(audio / "two", tmp_path / "mine")
 
 
 def test_held_out_are_whole_folders_where_there_are_enough(capfd):
@@ -880,8 +877,6 @@ def test_held_out_are_whole_folders_where_there_are_enough(capfd):
     folders = {str(Path(p).parent) for p in held}
     assert held == {p for p in chapters if str(Path(p).parent) in folders}
     assert 0.02 <= len(held) / len(chapters) <= 0.1
-    few = {f"{f}/{i}.wav": 100 + i for f in ("a", "b", "c") for i in range(40)}
-    assert 0.02 <= sum(few[p] for p in data_prep.hold_out(few)) / sum(few.values()) <= 0.1
     parts = {"train-clean/1.wav": 20, "dev-clean/2.wav": 9, "test-other/3.wav": 9}
     assert data_prep.hold_out(parts) == {"dev-clean/2.wav", "test-other/3.wav"}
     assert "47%" in capfd.readouterr().out
@@ -930,7 +925,7 @@ def test_draws_depend_on_neither_processes_nor_each_other(folders):
     config, data = tiny(), datasets(folders)
     whole = agrepa.training_batch(data, dataclasses.replace(config, batch_size=8), 7)
     for rank in range(2):
-        half = agrepa.training_batch(data, config, 7, rank, 2)
+        half = agrepa.training_batch(data, config, 7, rank)
         for d in range(2):
             mine, every = slice(2 * d, 2 * d + 2), slice(4 * d + 2 * rank, 4 * d + 2 * rank + 2)
             for name in ("x0", "x1", "t"):
@@ -994,7 +989,10 @@ def moved(module):
 
 def test_gradient_of_the_alignment_reaches_what_eq_12_says(folders):
     objective, data = objective_of(folders)
-    objective.add_heads([{2: 1.0}, {3: 0.6, 1: 0.4}])
+    average = copy.deepcopy(objective).eval()
+    for part in (objective, average):
+        part.add_heads([{2: 1.0}, {3: 0.6, 1: 0.4}])
+    assert_close(average.heads.state_dict(), objective.heads.state_dict())
     objective.aligning = True
     objective.heads.requires_grad_(True)
     batch = agrepa.training_batch(data, dataclasses.replace(objective.config, batch_size=8), 2)
@@ -1066,7 +1064,7 @@ def test_align_until_and_chunk_targets(folders, tmp_path, capfd):
     for target, until in (("chunk", 8), ("chunk", 0), ("clip", 8)):
         config = tiny(data=folders[1], align_pool=target, align_until=until)
         runs.append(train(config, tmp_path / f"{target}{until}"))
-    assert "of these 2 layers led at half the time, too" in capfd.readouterr().out
+    assert "of these 2 layers led at half of phase I, too" in capfd.readouterr().out
     assert [row["align"] > 0 for row in runs[0]["log"]] == [False, False, False, True, False]
     one, *others = [torch.cat([x.flatten() for x in run["ema"].values()]) for run in runs]
     assert not any(torch.equal(one, other) for other in others)
@@ -1080,11 +1078,12 @@ def undisturbed(folders, tmp_path_factory):
 
 
 ENDS = {  # the call of a function of agrepa's that ends a run, how, and the step that it reached
-    "out of memory": ("update", 1, BrokenPipeError, 0),
     "log that nobody reads": ("print", 2, BrokenPipeError, 3),  # as after | head
     "Ctrl-C": ("update", 5, signal.SIGINT, 5),
     "SIGTERM": ("update", 9, signal.SIGTERM, 9),
     "closed terminal": ("update", 6, signal.SIGHUP, 6),
+    "out of memory in a probe": ("probe", 3, BrokenPipeError, 4),
+    "out of memory at the choice": ("end_phase1", 1, BrokenPipeError, 6),
 }
 
 
@@ -1100,8 +1099,10 @@ def test_a_run_that_ended_early_goes_on_as_if_undisturbed(
             raise how
         if len(calls) == call:
             os.kill(os.getpid(), how)
-        real(*args, **kwargs)
+        return real(*args, **kwargs)
 
+    if how is not BrokenPipeError:
+        signal.signal(how, signal.SIG_DFL)  # jobs in the background ignore some
     with monkeypatch.context() as m, contextlib.suppress(BrokenPipeError):
         m.setattr(agrepa, what, ends, raising=False)
         train(config, tmp_path / "cut")
@@ -1269,12 +1270,13 @@ def test_bad_input_is_met_at_the_door(folders, program, monkeypatch):
         (("--probe-steps", 100, "--steps", 50), "more than phase I"),
         (("--teacher", "WHISPER"), "prepared with teacher MFCC"),
         (("--lr", "nan"), "--lr nan is out of range"),
-        (("--align-weight", -1), "out of range"),
         (("--align-until", 9, "--probe-steps", 9), "--align-until 9 is in phase I"),
         (("--data", "--dim"), "expected at least one argument"),
         (("--data", here, here, here), "for 3 domains alike"),
         (("--data", here, here), "one name"),
         (("--data", "nowhere"), "no such folder"),
+        (("--seconds", "inf"), "infinity"),
+        (("--nfe", 8), "only --sample has {'nfe'}"),
         (("--resume",), "last.pt"),
         (("--sample", "nothing.pt"), "nothing.pt"),
         (("--sample", "song.pt"), "song.pt: no checkpoint"),
@@ -1305,7 +1307,7 @@ def test_bad_audio_folders_are_met_in_words(audio, program):
 def test_runs_are_neither_overwritten_nor_changed(finished, folders, program):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     argv = flags(tiny(data=folders[2], codebooks=2))
-    assert "exists" in program(*argv, "--out", finished, code=2)
+    assert "--resume goes on with it" in program(*argv, "--out", finished, code=2)
     assert "leave out" in program("--out", finished, "--resume", "--dim", 64, code=2)
     assert all(p.read_bytes() == content for p, content in before.items())
     Path("x-1").mkdir()
@@ -1384,8 +1386,6 @@ def test_a_sound_of_ones_own(finished, folders, program):
 def test_the_toy_corpus_is_learned(tmp_path):
     """The beginning of `python agrepa.py`; its end, three times as far, is told in README."""
     toy = data_prep.toy(tmp_path / "toy")
-    files = [soundfile.read(file)[0] for file in toy.rglob("*.wav")]
-    assert len(files) == 232 and all(0.68 < np.abs(wave).max() < 0.71 for wave in files)
     data = [prepare(toy / f"toy-{d}", tmp_path / d, tiny(units=64)) for d in ("speech", "sounds")]
     settings = {"layers": 4, "dim": 96, "heads": 4, "seconds": 1.92, "batch_size": 8, "lr": 3e-3}
     settings |= {"steps": 100, "probe_steps": 40, "probe_every": 40, "eval_every": 50}
