@@ -82,7 +82,7 @@ def flow_matching_loss(v, u):
 
 
 class Condition(NamedTuple):
-    tokens: torch.Tensor  # [B, N] ids, N = 8 x codebooks a chunk
+    tokens: torch.Tensor  # [B, N] ids, 8 x codebooks a chunk; the second's begin at `units`
     ref: torch.Tensor  # [B, T, M] reference mel: the clip's first frames, zeros after them
     keep: torch.Tensor  # [B] false where the tokens are dropped
     domain: torch.Tensor  # [B] which embedding table
@@ -148,7 +148,7 @@ class VelocityModel(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.layers = nn.ModuleList(Layer(dim, heads, dropout) for _ in range(layers))
         self.modulation, self.v_out = nn.Linear(dim, 2 * dim), nn.Linear(dim, n_mels)
-        for p in (*self.modulation.parameters(), *self.v_out.parameters()):
+        for p in (*self.modulation.parameters(), *self.v_out.parameters()):  # v = 0 at first
             nn.init.zeros_(p)
 
     def embed(self, cond):
@@ -163,7 +163,7 @@ class VelocityModel(nn.Module):
         e = F.interpolate(e.transpose(1, 2), T, mode="linear").transpose(1, 2)  # [B, T, D]
         # To concatenate x_t and c and project them is to add up their projections.
         h = self.x_in(x_t) + self.cond_in(torch.cat([e, cond.ref], -1))
-        waves = 1000 * t[:, None] * 1e4 ** -(torch.arange(128, device=h.device) / 128)
+        waves = 1000 * t[:, None] * 1e4 ** -(torch.arange(128, device=h.device) / 128)  # DiT's
         t_emb = self.time(torch.cat([waves.cos(), waves.sin()], -1))  # [B, D]
         half = h.shape[-1] // self.layers[0].heads // 2
         turns = 1e4 ** -(torch.arange(half, device=h.device) / half)  # from 1 to 1e-4 (RoFormer)
@@ -348,7 +348,7 @@ def select_layers(scores, k=3):
     scores = torch.as_tensor(scores).detach().cpu().double()
     if scores.dim() != 1 or not 1 <= k <= len(scores) or not scores.isfinite().all():
         raise ValueError(f"can't choose {k} layers from scores {scores.tolist()}")
-    if scores.max() < 1e-4:
+    if scores.max() < 1e-4:  # of v's norm: rounding
         raise ValueError("no layer contributes yet; adaLN-Zero starts closed: probe for longer")
     best = scores.argsort(descending=True, stable=True)[:k]  # of ties, the shallower
     lam = scores[best] / scores[best].sum()
@@ -607,7 +607,7 @@ class Config:
     resume: bool = flag(False, "go on with the run in --out")
 
     def __post_init__(self):
-        self.chunks = max(1, round(self.seconds / CHUNK))
+        self.chunks = max(1, round(self.seconds / CHUNK))  # settings with defaults filled in
         self.phase1 = self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
         self.every = self.probe_every or max(1, min(200, self.phase1 // 10))
         self.until = self.align_until or self.steps
@@ -622,7 +622,7 @@ def check(config):
 
     for f in dataclasses.fields(config):
         if isinstance(f.default, (int, float)):
-            least = 0 if not f.default or "weight" in f.name else 1e-9
+            least = 0 if not f.default or "weight" in f.name else 1e-9  # no 0
             require(least <= getattr(config, f.name) < np.inf, f.name, "is out of range")
     L, domains = config.layers, max(1, len(config.data))
     layers = {int(k) for k in config.select.split(",") if k.isdecimal()} & {*range(1, L + 1)}
@@ -687,7 +687,7 @@ class Objective(nn.Module):
                 T_x = pool(teacher) if self.config.align_pool == "clip" else teacher
                 h = {k: hidden[k][own] for k in self.lam[d]}
                 loss = agrepa_loss(h, self.heads[d], T_x, self.lam[d])
-                align = align + loss.mean() / len(self.bitc)
+                align = align + loss.mean() / len(self.bitc)  # of all clips; Eq. 5 sums domains
         return fm, bitc, align
 
 
