@@ -563,7 +563,7 @@ def collate(clips, domains):
 
 # ---- 11. Training (App. A.5: probe, then intervene) ----------------------------------------------
 
-PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
+PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 25  # five clips a time
 PROBED = "foga", "lasp", "gradnorm"  # a probe's columns
 STRATEGIES = *PROBED, "random", "none"
 DTYPES, DEVICES = ("auto", "bfloat16", "float32"), ("auto", "cuda", "mps", "cpu")
@@ -710,20 +710,20 @@ def update(objective, ema, optimiser, step):
 
 
 def probe(model, bitc, batch):
-    """What each layer stores and contributes, on a batch of one domain, the mean over PROBE_TIMES. In
-    float32, without autocast: scores are differences of close numbers. -> PROBED of each layer."""
+    """What each layer stores and contributes, the mean over PROBE_TIMES, each on its own clips of a batch
+    of one domain. In float32: scores are differences of close numbers. -> PROBED of each layer."""
     L, found = len(model.layers), []
     model.eval()
-    for now in PROBE_TIMES:
-        t = torch.full_like(batch.t, now)
-        x_t, u = flow_path(batch.x0, batch.x1, t)
-        foga = fog_a(model, model.layers, x_t, t, batch.cond).mean(1)
+    for i, now in enumerate(PROBE_TIMES):
+        clips = pytree.tree_map(lambda x, i=i: x[i :: len(PROBE_TIMES)], batch)
+        t = torch.full_like(clips.t, now)
+        x_t, u = flow_path(clips.x0, clips.x1, t)
+        foga = fog_a(model, model.layers, x_t, t, clips.cond).mean(1)
         with capture(model.layers, range(1, L + 1)) as hidden:
-            v = model(x_t, t, batch.cond)
-        store = lasp(hidden, bitc, pool(batch.teacher[0])).mean(1)
-        loss = flow_matching_loss(v, u).mean()
-        gradients = torch.autograd.grad(loss, [*model.layers.parameters()])
-        norms = torch.stack([g.norm() for g in gradients]).view(L, -1).norm(dim=1)  # of L_FM
+            v = model(x_t, t, clips.cond)
+        store = lasp(hidden, bitc, pool(clips.teacher[0])).mean(1)
+        grads = torch.autograd.grad(flow_matching_loss(v, u).mean(), [*model.layers.parameters()])
+        norms = torch.stack([g.norm() for g in grads]).view(L, -1).norm(dim=1)  # of L_FM
         found.append(torch.stack([foga, store, norms], 1))
     model.train()
     return torch.stack(found).mean(0).tolist()
