@@ -4,8 +4,8 @@
     python data_prep.py ./mine --like prepared/LibriTTS-1       # in that folder's tokens, to sample
     python data_prep.py --toy ./toy-audio                       # the toy corpus: speech and sounds
 
-The audio is only read: what libsndfile opens, of any rate from 4 kHz. What can't be used is skipped,
-and listed with the reason in meta.json. A preparation that was stopped goes on with the same command.
+The audio is only read: what libsndfile opens, of any rate from 4 kHz. Audio that can't be used is
+skipped, and listed with the reason in meta.json. A preparation that was stopped goes on with the same command.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import agrepa
 from agrepa import CHUNK, MEL_FRAMES, N_MELS, PREPARATION, RATE, TEACHER_FRAMES, TEACHER_RATE
 
 AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .sph".split())
-CLOSED = set(".m4a .mp4 .aac .wma .amr .webm .mka .ac3 .ape .wv".split())  # to libsndfile
+CLOSED = set(".m4a .mp4 .aac .wma .amr .webm .mka .ac3 .ape .wv".split())  # need ffmpeg
 PIECE = 160  # chunks, 25.6 s, heard at once: attention is quadratic, Whisper sees 30 s
 BATCH = 600  # chunks, 96 s of equal lengths, heard together
 GROUP = 25_000_000  # bytes of files that are read and heard together
@@ -70,7 +70,7 @@ def list_audio(folder):
 def hold_out(sizes):
     """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash, 2 % and 20 files at
     least, 10 % at most, as folders just above the files (a chapter, say) where there are twenty."""
-    total, held, taken, groups = sum(sizes.values()), set(), 0, {}
+    total, held, taken, groups = sum(sizes.values()) or 1, set(), 0, {}
     named = {p for p in sizes if any(s.startswith(("dev-", "test-")) for s in Path(p).parts[:-1])}
     if named and len(named) < len(sizes):
         share = sum(sizes[p] for p in named) / total
@@ -86,7 +86,7 @@ def hold_out(sizes):
         if taken < max(0.02, 20 / len(sizes)) * total and taken + size <= 0.1 * total:
             held |= set(groups[group])
             taken += size
-    return held or {min(sizes, key=sizes.get)}
+    return held or {sorted(sizes, key=sizes.get)[len(sizes) // 2]}
 
 
 def read_audio(path):
@@ -96,13 +96,13 @@ def read_audio(path):
     file = io.BytesIO(data)
     try:
         with soundfile.SoundFile(file) as sound:
-            # Read on in sequence: headers only guess the length, and some formats can't seek.
+            # Read on, 25.6 s rounded up: headers only guess the length, some formats can't seek.
             sound.seekable = lambda: False
             rate = sound.samplerate
             if not 4000 <= rate <= 10**6:
                 return f"is of {rate} Hz", []
             while n == PIECE:
-                wave = sound.read(round(PIECE * CHUNK * rate), "float32", always_2d=True)
+                wave = sound.read(-(-PIECE * 4 * rate // 25), "float32", always_2d=True)
                 n = int(len(wave) / rate / CHUNK + 1e-6)
                 loudest = np.maximum(loudest, np.abs(wave).max(initial=0))  # NaN stays
                 pieces += [resampled(wave, rate, n)] if n else []
@@ -173,7 +173,7 @@ def listener(name, config):
 
 def hear(folder, sizes, teachers, codebooks):
     """-> of each file its path, its hash or why it is skipped, and its pieces: mel [n x 15, M], features
-    of the first teacher, and what each codebook's units are made of (Eq. 15's second of the mel)."""
+    of the first teacher, and what each codebook's units are made of (the second's: mel at 50 Hz)."""
     part, began, done = np.cumsum([*sizes.values()]) // GROUP, time.time(), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 2)) as pool:
         for k in np.unique(part):
@@ -201,11 +201,11 @@ def fit_units(heard, k):
     """Lloyd's algorithm on 40 frames a unit -> the centroids of the codebooks [k, d of all]."""
     found, books, pick = [], [], torch.Generator().manual_seed(0)
     for *_, pieces in heard:
-        found += [streams for _, _, *streams in pieces]
+        found += [s for _, _, *s in pieces if all(x.isfinite().all() for x in s)]
         frames = sum(len(x) for x, *_ in found)
         if frames > 40 * k:
             break
-    if not found or frames < 2 * k:
+    if not found or frames < 2 * k or k * len(found[0]) > 2**16:  # ids are stored as uint16
         raise ValueError(f"--units {k}: too many, or no usable audio to train on")
     for x in map(torch.cat, zip(*found, strict=True)):
         centroids = x[torch.randperm(len(x), generator=pick)[:k]]
@@ -234,8 +234,8 @@ def rows_of(books, mel, x, *streams):
 def lines_of(part, settings, widths):
     """LOG's whole lines after the settings; cuts the arrays to the rows that they count."""
     log = part / LOG
-    text = log.read_text() if log.exists() else json.dumps(settings) + "\n"
-    log.write_text(text[: text.rindex("\n") + 1])
+    text = log.read_text() if log.exists() else ""
+    log.write_text(text[: text.rfind("\n") + 1] or json.dumps(settings) + "\n")
     first, *lines = map(json.loads, log.read_text().splitlines())
     if first != settings:
         raise ValueError(f"{part} is of other audio or settings; delete it, or change --out")
@@ -258,15 +258,15 @@ def fill(part, heard, books, lines):
             if not all(np.isfinite(x).all() for x in rows):
                 result, rows = "gives features that aren't finite", []
             for x, file in zip(rows, files, strict=False):
-                file.write(x.tobytes())
+                x.tofile(file)  # unlike file.write, raises where the disk is full
             line = {"path": path, "chunks": len(rows[0]) if rows else 0}
             lines.append(line | {"hash" if rows else "reason": result})
             log.write(json.dumps(lines[-1]).encode() + b"\n")
 
 
 def publish(part, lines, held, meta):
-    """utterances.npy, meta.json. Unless meta has them: statistics of at most 20,000 training rows, and how
-    much of the teacher the tokens tell, the cosine of held-out rows with their tokens' training rows."""
+    """utterances.npy, meta.json. Unless meta has them: statistics of at most 20,000 training rows, and what
+    tokens tell: the cosine of a held-out row with the sum of training rows that share its tokens."""
     used = [line for line in lines if line["chunks"]]
     chunks = [line["chunks"] for line in used]
     _, folder = np.unique([str(Path(line["path"]).parent) for line in used], return_inverse=True)
@@ -276,9 +276,9 @@ def publish(part, lines, held, meta):
     why = meta["skipped"] | {line["path"]: line["reason"] for line in lines if not line["chunks"]}
     meta["skipped"] = [{"path": path, "reason": reason} for path, reason in why.items()]
     train = sum(chunks[: len(used) - meta["held_out"]])
+    if not used or ("mel_mean" not in meta and not 0 < train < sum(chunks)):
+        raise ValueError(f"nothing usable to train on, or to hold out: {meta['skipped'][:3]}")
     if "mel_mean" not in meta:
-        if not 0 < train < sum(chunks):
-            raise ValueError(f"nothing usable to train on, or to hold out: {meta['skipped'][:3]}")
         files = [np.memmap(part / name, kind, "r") for name, kind in ARRAYS.items()]
         mel, tokens, teacher = (file.reshape(sum(chunks), -1) for file in files)
         some, rest = slice(0, train, 1 + train // 20_000), slice(train, train + 20_000)
@@ -383,7 +383,7 @@ def main():
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     given = parser.parse_args()
     if given.toy:
-        return toy(given.toy)
+        return given.toy if (given.toy / "toy-sounds/231.wav").exists() else toy(given.toy)
     if not given.audio or not given.audio.is_dir():
         raise ValueError(f"{given.audio}: no such folder; python data_prep.py FOLDER, or --toy DIR")
     config = agrepa.Config(**{f.name: getattr(given, f.name) for f in fields})
@@ -392,7 +392,7 @@ def main():
         config = dataclasses.replace(config, **{k: meta[k] for k in PREPARATION})
     agrepa.check(config)
     out = Path(given.out or f"prepared/{given.audio.resolve().name}-1")
-    return prepare(given.audio, out, config, given.like)
+    return prepare(given.audio, out, config, given.like and os.path.abspath(given.like))
 
 
 if __name__ == "__main__":

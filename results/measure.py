@@ -1,4 +1,4 @@
-"""How far generated sounds are from the real ones, by judges that took no part in training.
+"""How far generated sounds are from the real ones, by judges of which --teacher alone took part.
 
     python results/measure.py runs/x/samples-1/LibriTTS    # of agrepa.py --sample
 
@@ -16,7 +16,6 @@ seconds_apart, sample_rate      where these differ from the real files', mel_* a
 import argparse
 import json
 import re
-import runpy
 import sys
 import time
 from importlib import import_module
@@ -29,7 +28,8 @@ from torchaudio.functional import create_dct, resample
 from torchaudio.transforms import MFCC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from agrepa import log_mel
+import agrepa
+import data_prep
 
 torch.set_num_threads(1)  # models are so small that threads would wait for each other
 FOLDERS = {"real": "real", "generated": "generated", "floor": "again"}  # kind: where its files lie
@@ -39,15 +39,16 @@ UNSPACED = {"zh", "yue", "ja", "th", "lo", "km", "my"}  # written without spaces
 
 def load(options):
     """-> {judge: its model or function}; says which can't be had."""
-    whisper, teacher = (options.whisper, "cpu", 0, "float32"), options.teacher.rsplit(":", 1)
+    whisper, config = (options.whisper, "cpu", 0, "float32"), agrepa.Config(device="cpu")
     get, judges = import_module, {}
     makers = {
         "words": lambda: get("jiwer") and get("faster_whisper").WhisperModel(*whisper),
         "speaker": lambda: get("resemblyzer").VoiceEncoder("cpu", verbose=False),
         "dnsmos": lambda: get("speechmos.dnsmos").run,
-        "teacher": lambda: runpy.run_path(teacher[0])[teacher[-1]](),
+        "teacher": lambda: data_prep.listener(options.teacher, config),
     }
-    for name in ["words", "speaker", "dnsmos"] * (not options.general) + ["teacher"] * any(teacher):
+    speech = ["words", "speaker", "dnsmos"] * (not options.general)
+    for name in speech + ["teacher"] * bool(options.teacher):
         try:
             judges[name] = makers[name]()
         except ImportError as error:
@@ -89,11 +90,9 @@ def hear(path, judges, real=None, other=None):
         scores = judges["dnsmos"](x, 16_000)
         heard |= {f"dnsmos_{k}": scores[f"{k}_mos"] for k in ("ovrl", "sig", "bak")}
     if "teacher" in judges:  # its frames, 8 by 8
-        x = judges["teacher"](wave[None, : len(wave) // 2560 * 2560]).cpu().float()
-        if x.ndim != 3 or abs(x.shape[1] - len(wave) / 320) > 9:
-            raise ValueError(f"--teacher: {list(x.shape)} of {len(wave)} samples isn't 50 Hz")
-        heard["frechet_teachers_own"] = x[0, : x.shape[1] // 8 * 8].unflatten(0, (-1, 8)).mean(1)
-    heard["_mel"] = log_mel(wave_24[None, : len(wave_24) // 256 * 256])[0]
+        x = judges["teacher"](wave[None, : len(wave) // 2560 * 2560])
+        heard["frechet_teachers_own"] = x[0].unflatten(0, (-1, 8)).mean(1)
+    heard["_mel"] = agrepa.log_mel(wave_24[None, : len(wave_24) // 256 * 256])[0]
     a, b = heard["_mel"][: len(real["_mel"])], real["_mel"][: len(heard["_mel"])]
     cepstra = (a - b) @ create_dct(14, 100, None)[:, 1:] / 100
     decibels = 10 / np.log(10) * (2 * cepstra**2).sum(1).sqrt()
@@ -159,7 +158,7 @@ def main():
     add("folders", nargs="+", metavar="FOLDER")
     add("--general", action="store_true", help="not speech: without words, speaker, dnsmos")
     add("--whisper", default="tiny", metavar="DIR", help="a model's folder, or name to download")
-    add("--teacher", default="", metavar="FILE.py:FUNCTION", help="16 kHz [B, N]->50 Hz [B, T, D]")
+    add("--teacher", default="", help="the run's teacher, as agrepa.py takes it")
     options = parser.parse_args()
     judges = load(options)
     for folder in options.folders:
