@@ -25,8 +25,10 @@ with open(HERE / "runs.csv") as file:
         r for r in csv.DictReader(file) if (r["align_weight"], r["align_pool"]) == ("1", "chunk")
     ]
 figure = Figure((9, 5), layout="constrained")
-for axes, shape in zip(figure.subplots(2, 2), (("8", "2000"), ("24", "1500")), strict=True):
-    own = [r for r in runs if (r["layers"], r["steps"]) == shape]
+for axes, shape in zip(
+    figure.subplots(2, 2), (("8", "2000", "400"), ("24", "1500", "300")), strict=True
+):
+    own = [r for r in runs if (r["layers"], r["steps"], r["phase1"]) == shape]
     for ax, column, label in zip(
         axes, ("val_fm", "mel_l1"), ("held-out loss", "mel L1"), strict=True
     ):
