@@ -897,7 +897,7 @@ def train(config, state=None):
                 write_log()
             if step % config.save_every == 0:
                 save()
-            told = torch.tensor(len(stop), device=device)
+            told = torch.tensor(len(stop))  # on the CPU: no step waits for the GPU to ask this
             add_up(told)  # of all processes, which must leave after the same step
             if told:
                 break
@@ -1058,7 +1058,7 @@ def main():
         write_samples(state, out, given)
         return print(out)
     config, metas, state = settings(given)
-    rank, world, device, _ = launch(config)
+    rank, world, *_ = launch(config)
     if state and (state["metas"], state["world"]) != (metas, world):
         raise ValueError(f"--resume: the run had other data, or not {world} processes")
     out = Path(config.out or unused("runs/" + "+".join(meta["name"] for meta in metas) + "-{}"))
@@ -1069,7 +1069,7 @@ def main():
         told = ", ".join(f"{meta['tokens_tell']:.2f} of {meta['name']}'s T(x)" for meta in metas)
         print(f"{out}: phase I to step {config.phase1}; tokens tell {told} a chunk", flush=True)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group()  # gloo for the CPU's tensors, nccl for the GPUs'
     train(config, state)
     if world > 1:
         dist.destroy_process_group()
