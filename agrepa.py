@@ -607,7 +607,7 @@ class Config:
     resume: bool = flag(False, "go on with the run in --out")
 
     def __post_init__(self):
-        self.chunks = max(1, round(self.seconds / CHUNK))  # settings with defaults filled in
+        self.chunks = max(1, round(min(1e9, self.seconds) / CHUNK))  # with the defaults filled in
         self.phase1 = self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
         self.every = self.probe_every or max(1, min(200, self.phase1 // 10))
         self.until = self.align_until or self.steps
@@ -1088,7 +1088,7 @@ def guarded(work):
     """Runs a program: an error is a line and exit code 2, Ctrl-C a line and 130."""
     try:
         return work()
-    except (ValueError, OSError, OverflowError) as error:
+    except (ValueError, OSError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

@@ -1282,7 +1282,7 @@ def test_bad_input_is_met_at_the_door(folders, program, monkeypatch):
         (("--data", here, here, here), "for 3 domains alike"),
         (("--data", here, here), "one name"),
         (("--data", "nowhere"), "no such folder"),
-        (("--seconds", "inf"), "infinity"),
+        (("--seconds", "inf"), "--seconds inf"),
         (("--nfe", 8), "only --sample has {'nfe'}"),
         (("--resume",), "last.pt"),
         (("--sample", "nothing.pt"), "nothing.pt"),
