@@ -53,7 +53,7 @@ from torch.utils import _pytree as pytree
 RATE, HOP, N_MELS = 24_000, 256, 100  # Vocos 24 kHz mel format
 TEACHER_RATE = 16_000  # HuBERT's
 CHUNK, MEL_FRAMES, TEACHER_FRAMES = 0.16, 15, 8  # seconds, mel and teacher frames of a chunk
-TRAINING, HELD_OUT, CHOICE, SAMPLING = range(4)  # purposes, the first word of a draw's seed
+TRAINING, HELD_OUT, CHOICE, SAMPLING = range(4)  # a draw's seed begins with its purpose
 
 # ---- 1. Flow matching (Eqs. 1, 2) ----------------------------------------------------------------
 # Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their velocity u.
@@ -68,28 +68,28 @@ def flow_path(x0, x1, t):
 
 
 def flow_matching_loss(v, u):
-    """Eq. 2 of each clip, averaged over elements, not summed: the other losses' weights are relative
-    to that. v, u [B, ...] -> [B]. Raises ValueError where they differ in shape."""
+    """Eq. 2 of each clip, a mean over elements, not a sum: the other losses' weights assume it.
+    v, u [B, ...] -> [B]. Raises ValueError where they differ in shape."""
     if v.shape != u.shape:
         raise ValueError(f"v {list(v.shape)} is not of the shape of u {list(u.shape)}")
     return (v.float() - u).square().flatten(1).mean(1)
 
 
 # ---- 2. Velocity model (Eqs. 7, 15) --------------------------------------------------------------
-# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c), where f_l is attention and feed-forward
-# together. The gates m_l are 1 in training and stand nowhere in the code: fog_a closes one by handing
-# on h_{l-1}. The conditioning c enters in h_0.
+# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c), f_l being attention and feed-forward
+# together. The gates m_l are 1 in training and stand nowhere in the code: fog_a closes one by
+# handing on h_{l-1}. The conditioning c enters in h_0.
 
 
 class Condition(NamedTuple):
-    tokens: torch.Tensor  # [B, N] ids, 8 x codebooks a chunk; the second's begin at `units`
+    tokens: torch.Tensor  # [B, N] ids, 8 x codebooks per chunk; the second's begin at `units`
     ref: torch.Tensor  # [B, T, M] reference mel: the clip's first frames, zeros after them
     keep: torch.Tensor  # [B] false where the tokens are dropped
     domain: torch.Tensor  # [B] which embedding table
 
 
 def interleave(*codebooks):
-    """Eq. 15: s = [t1, b1, t2, b2, ...]. Streams [..., n] of equal length -> [..., n x codebooks]."""
+    """Eq. 15: s = [t1, b1, t2, b2, ...]. Streams [..., n], equally long -> [..., n x codebooks]."""
     return torch.stack(codebooks, -1).flatten(-2)
 
 
@@ -140,9 +140,8 @@ class VelocityModel(nn.Module):
 
     def __init__(self, layers=12, dim=512, heads=8, dropout=0.0, vocab=(1024,), n_mels=N_MELS):
         super().__init__()
-        first_id = torch.tensor([0, *vocab]).cumsum(0)[:-1]
-        self.register_buffer("first_id", first_id, persistent=False)
-        self.tokens = nn.Embedding(sum(vocab), dim)  # one table a domain, end to end
+        self.register_buffer("first_id", torch.tensor([0, *vocab]).cumsum(0)[:-1], persistent=False)
+        self.tokens = nn.Embedding(sum(vocab), dim)  # one table per domain, end to end
         self.null = nn.Parameter(torch.randn(dim))  # stands for dropped tokens
         self.x_in, self.cond_in = nn.Linear(n_mels, dim), nn.Linear(dim + n_mels, dim)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
@@ -175,8 +174,8 @@ class VelocityModel(nn.Module):
 
 # ---- 3. Teacher, T(x) ----------------------------------------------------------------------------
 # A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in data_prep.py.
-# A clip's T(x) is the mean of its features, less the corpus mean: without that, all clips have
-# nearly one target.
+# A clip's T(x) is the mean of its features, less the corpus mean: left in, it makes all clips'
+# targets nearly alike.
 
 
 class Teacher(nn.Module):
@@ -187,13 +186,13 @@ class Teacher(nn.Module):
         super().__init__()
         bundle = getattr(torchaudio.pipelines, name)
         net = bundle.get_model()
-        self.net = getattr(net, "model", net)  # less a wrapper that normalises the whole batch
+        self.net = getattr(net, "model", net)  # not its wrapper, which normalises across the batch
         self.normalise, self.layer = bundle._normalize_waveform, layer
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, wave):
-        # 5 ms in front, since HuBERT hears 25 ms at once, centre 8 frames on a chunk's 15 of mel.
+        # Windows of 25 ms, every 20: without 5 ms in front the last frame would be missing.
         wave = F.pad(wave, (80, 0))
         if self.normalise:
             wave = F.layer_norm(wave, wave.shape[1:])  # each clip by itself
@@ -212,8 +211,8 @@ def log_mel(wave):
 
 
 def pool(h, mask=None):
-    """The mean over time: h [..., T, D] -> [..., D] in float32. mask [..., T], boolean, true where a
-    frame counts; all zeros where none does. Raises ValueError for another kind of mask."""
+    """The mean over time: h [..., T, D] -> [..., D] in float32. mask [..., T], boolean, true where
+    a frame counts; all zeros where none does. Raises ValueError for another kind of mask."""
     if mask is None:
         return h.float().mean(-2)
     if mask.dtype != torch.bool:
@@ -244,21 +243,21 @@ def bitc_loss(s, keep):
 
 @torch.no_grad()
 def lasp(hidden, bitc, T_x, mask=None):
-    """hidden {k: [B, T, D]}, bitc a head, T_x [B, teacher_dim], mask [B, T] -> [L, B], k ascending."""
+    """hidden {k: [B, T, D]}, bitc a head, T_x [B, teacher_dim], mask [B, T] -> [L, B], by k."""
     return torch.stack([bitc(hidden[k], T_x, mask) for k in sorted(hidden)])
 
 
 # ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ----------------------------------------------
 # Close one layer's gate, see how far the velocity moves: L + 2 passes. A closed block returns its
-# input h_{l-1}, which an open pass finds: it stands where the next block takes in this one's output.
+# h_{l-1}: the input at the place where, in an open pass, the next block receives its output.
 
 
 @torch.no_grad()
 def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
     """Eqs. 8, 9 for any residual network: scores [L, B]; their mean over B is FoG-A.
-    velocity(*inputs) -> v [B, ...]. blocks: modules, each returning its own sum h + f(h); or lists of
-    modules that return f(h), closed to zeros: [[attn, ff], ...]. skip(args, kwargs, output): what a
-    closed module returns, where a ValueError asks for it."""
+    velocity(*inputs) -> v [B, ...]. blocks: modules, each returning its own sum h + f(h); or lists
+    of modules that return f(h), closed to zeros: [[attn, ff], ...]. skip(args, kwargs, output):
+    what a closed module returns, where a ValueError asks for it."""
     gates, passes = Gates(blocks, skip), []
 
     def eval_mode(module, args):
@@ -272,11 +271,11 @@ def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
         for module in gates.number:
             undo.callback(module.register_forward_pre_hook(gates.before, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(gates.after, with_kwargs=True).remove)
-        for closed in (None, (), *gates.groups):  # look, the same again, Eq. 8 for each block
+        for closed in (None, (), *gates.groups):  # who feeds whom; does v repeat; Eq. 8 per block
             gates.closed, gates.kept = closed, None
             torch.manual_seed(0)  # the same random numbers in each pass
             v = velocity(*inputs)
-            passes.append(v.reshape(len(v), -1).clone())
+            passes.append(v.reshape(len(v), -1).clone())  # velocity may reuse its buffer
             if never := gates.number.keys() - {call[0] for call in gates.calls}:
                 k = min(gates.number[module] for module in never)
                 raise ValueError(f"fog_a: block {k} never ran (a ModuleList is never called)")
@@ -294,7 +293,7 @@ class Gates:  # hooks. closed: modules to close; None: note what each takes in a
     def __init__(self, blocks, skip):
         self.groups = [list(b) if isinstance(b, (list, tuple)) else (b,) for b in blocks]
         self.number = {module: k for k, group in enumerate(self.groups, 1) for module in group}
-        self.skip, self.calls = skip, []  # (module, inputs, outputs), kept so that ids stay theirs
+        self.skip, self.calls = skip, []  # (module, inputs, outputs), held so no id() is reused
 
     def before(self, module, args, kwargs):
         self.came = tensors((args, kwargs))
@@ -310,16 +309,16 @@ class Gates:  # hooks. closed: modules to close; None: note what each takes in a
         i = [call[0] for call in self.calls].index(module)
         near, takes = self.calls[max(0, i - 1) : i] + self.calls[i + 1 : i + 2], self.calls[i][1]
         shared = [(p, id(y)) for _, inputs, _ in near for p, (y, _) in inputs.items()]
-        i -= module is self.calls[-1][0] and i > 0  # the last block does as the one before it
+        i -= module is self.calls[-1][0] and i > 0  # the last has no next: as the one before it
         (_, own, outputs), (_, given, _) = self.calls[i], self.calls[i : i + 2][-1]
         place = {(id(y), n): p for p, (y, n) in given.items()}
-        places = {at: place.get((id(x), n)) for at, (x, n) in outputs.items()}  # in the next
+        places = {at: place.get((id(x), n)) for at, (x, n) in outputs.items()}  # of next's inputs
         sums = [h + x for h, _ in own.values() for x, _ in outputs.values() if h.shape == x.shape]
         rest = [y for p, (y, _) in given.items() if p not in places.values()]
-        adds = any(torch.equal(y, z) for y in rest for z in sums)  # its caller, h
+        adds = any(torch.equal(y, z) for y in rest for z in sums)  # the caller, not the block
         due = {at: x.shape for at, (x, _) in tensors(output).items()}
         other = [(p, id(y)) for p, (y, _) in takes.items() if y.shape in due.values()]
-        # A second state, of no neighbour's: a long skip, say, which closing must not cut.
+        # An input of the output's shape that no neighbour has: a long skip, which must stay.
         merges = any(x not in shared and x[0] not in places.values() for x in other)
         kept = {} if merges else {p: x for p, (x, _) in tensors(self.kept).items()}
         stood = {at: kept.get(places.get(at)) for at in due}
@@ -331,10 +330,11 @@ class Gates:  # hooks. closed: modules to close; None: note what each takes in a
         wrong = adds and any(x.any() for x, _ in tensors(closed).values())
         if wrong or not due or due != {at: x.shape for at, (x, _) in tensors(closed).items()}:
             say = "0 * output, as its caller adds h" if adds else "..."
+            shapes = [list(x.shape) for x, _ in takes.values()]
             raise ValueError(
-                f"fog_a: block {self.number[module]} takes {[list(x.shape) for x, _ in takes.values()]}: "
-                f"list its branches, [[attn, ff], ...], or say what it returns when closed, in the "
-                f"form of its output: skip=lambda args, kwargs, output: {say}"
+                f"fog_a: block {self.number[module]} takes {shapes}: list its branches, "
+                "[[attn, ff], ...], or say what it returns when closed, in the form of its output: "
+                f"skip=lambda args, kwargs, output: {say}"
             )
         return closed
 
@@ -343,12 +343,12 @@ class Gates:  # hooks. closed: modules to close; None: note what each takes in a
 
 
 def select_layers(scores, k=3):
-    """Eqs. 10, 11: FoG-A scores [L] -> {layer: lambda}, best first, layers counted from 1; lambda is a
-    layer's share of the chosen scores. Raises ValueError where scores can't say which layers."""
+    """Eqs. 10, 11: FoG-A scores [L] -> {layer: lambda}, best first, layers counted from 1; lambda
+    is a layer's share of the chosen scores. Raises ValueError where scores can't say which."""
     scores = torch.as_tensor(scores).detach().cpu().double()
     if scores.dim() != 1 or not 1 <= k <= len(scores) or not scores.isfinite().all():
         raise ValueError(f"can't choose {k} layers from scores {scores.tolist()}")
-    if scores.max() < 1e-4:  # of v's norm: rounding
+    if scores.max() < 1e-4:  # scores are relative to v's norm: this small, they are rounding
         raise ValueError("no layer contributes yet; adaLN-Zero starts closed: probe for longer")
     best = scores.argsort(descending=True, stable=True)[:k]  # of ties, the shallower
     lam = scores[best] / scores[best].sum()
@@ -356,15 +356,15 @@ def select_layers(scores, k=3):
 
 
 # ---- 8. Alignment (Eq. 12) -----------------------------------------------------------------------
-# A small head a layer maps the pooled hidden state to the teacher's space; the loss is one minus the
-# cosine. Wherever layers are asked for, the dictionary {layer: lambda} of section 7 is accepted.
+# A small head per layer maps the pooled hidden state to the teacher's space; loss: 1 - cosine.
+# Wherever layers are asked for, section 7's dictionary {layer: lambda} will do.
 
 
 @contextlib.contextmanager
 def capture(blocks, layers, output=None):
     """Hidden states of any model, with gradient, in the forward pass you make anyway:
-    `with capture(model.blocks, layers) as hidden: v = model(...)` -> hidden[9] is what the ninth block
-    returned; output: which one, of several. Raises ValueError where a block gave none."""
+    `with capture(model.blocks, layers) as hidden: v = model(...)` -> hidden[9] is what the ninth
+    block returned; output: which one, of several. Raises ValueError where a block gave none."""
     blocks, hidden = list(blocks), {}
 
     def keep(k, block, args, returned):
@@ -374,7 +374,7 @@ def capture(blocks, layers, output=None):
         if not torch.is_tensor(x):
             raise ValueError(f"capture: block {k} returns a {type(x).__name__}; say output=1")
         if k in hidden:
-            raise ValueError(f"capture: block {k} ran twice; one pass a capture, backward outside")
+            raise ValueError(f"capture: block {k} ran twice: capture one pass, backward outside")
         hidden[k] = x.clone()  # its caller may write into x
 
     with contextlib.ExitStack() as hooks:
@@ -429,8 +429,8 @@ def agrepa_loss(hidden, heads, T_x, lam, mask=None):
 
 @torch.no_grad()
 def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0):
-    """Noise x0 [B, T, M] -> x1 [B, T, M] in nfe Euler steps. guidance 1 is off; at another, v_u lacks
-    the tokens and keeps the reference mel. sway below 0: finer steps near the noise (F5-TTS)."""
+    """Noise x0 [B, T, M] -> x1 [B, T, M] in nfe Euler steps. guidance 1 is off, 3 F5-TTS's 2: v_u
+    lacks the tokens, not the reference mel. sway below 0: finer steps near the noise (F5-TTS)."""
     dropped = cond._replace(keep=torch.zeros_like(cond.keep))
     t = torch.linspace(0, 1, nfe + 1)
     t = t + sway * (torch.cos(np.pi / 2 * t) - 1 + t)
@@ -461,13 +461,13 @@ def mel_to_wave(mel, vocoder="griffinlim", seed=0):
 
 
 # ---- 10. Data ------------------------------------------------------------------------------------
-# A prepared folder is one domain: memory-mapped rows, one a chunk; a clip is n chunks. Every draw is a
-# function of (purpose, seed, domain, step, clip): resuming a run changes none.
+# A prepared folder is one domain: memory-mapped rows, one per chunk; a clip is n chunks. A draw
+# depends on (purpose, seed, domain, step, clip) alone: resuming a run changes none.
 
 
 def clips_of(utterances, n):
-    """utterances [U, 3]: first row, chunks, folder -> rows [R], starts: a clip is rows[start : start + n].
-    It lies in one recording; those shorter than n are joined with others of their folder."""
+    """utterances [U, 3]: first row, chunks, folder -> rows [R], starts; a clip: rows[start:][:n].
+    A clip lies within one recording; recordings shorter than n are joined within their folder."""
     first, chunks, folder = utterances.T
     source = np.where(chunks < n, folder, folder.max(initial=0) + 1 + np.arange(len(chunks)))
     order = source.argsort(kind="stable")
@@ -494,11 +494,11 @@ class PreparedFolder:
         # Layers are chosen on every other held-out utterance; the held-out loss is of the others.
         parts = {"training": train, "held out": held, "loss": held[::2], "choice": held[1::2]}
         self.clips = {name: clips_of(part, n) for name, part in parts.items()}
-        if not all(len(starts) for _, starts in self.clips.values()):  # too few: alike in both
+        if not all(len(starts) for _, starts in self.clips.values()):  # too few: each gets all
             self.clips |= dict.fromkeys(("loss", "choice"), self.clips["held out"])
 
     def clip(self, part, where, length, draws, t=0.0, keep=True):
-        """The part's clip at `where`, in [0, 1); `length` of its first 30 % are its reference."""
+        """The part's clip at `where`; 0.3 x `length` of it is the reference. Both are in [0, 1)."""
         rows, starts = self.clips[part]
         if not len(starts):
             raise ValueError(f"{self.meta['name']} has no clip so long for {part}: lower --seconds")
@@ -523,14 +523,14 @@ class Batch(NamedTuple):
     x1: torch.Tensor  # [B, T, M] log-mel, normalised by the domain's mean and deviation
     t: torch.Tensor  # [B]
     cond: Condition
-    teacher: list  # a domain each: [b, n, teacher_dim] features, centred, a row a chunk
+    teacher: list  # per domain [b, n, teacher_dim]: features, centred, a row per chunk
 
     def to(self, device):
         return pytree.tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), self)
 
 
 def training_batch(data, config, step, rank=0):
-    """The config.batch_size clips of step `step` for process `rank`. data: a folder a domain."""
+    """The config.batch_size clips of step `step` for process `rank`. data: a folder per domain."""
     b, clips = config.batch_size // len(data), []
     for folder in data:
         for i in range(rank * b, rank * b + b):
@@ -584,7 +584,7 @@ class Config:
     dim: int = flag(512, "its width (paper: 1024)")
     heads: int = flag(8, "its attention heads (paper: 16)")
     dropout: float = flag(0.0, "in the layers (paper: 0.2)")
-    lr: float = flag(1e-4, "start of a cosine; under it a rise over the first tenth of the steps")
+    lr: float = flag(1e-4, "of a cosine decay, with a linear warm-up over a tenth of the steps")
     seed: int = flag(0, "of initialisation, crops, noise and times")
     teacher: str = flag("HUBERT_BASE", "speech bundle of torchaudio, MFCC, or FILE.py:FUNCTION")
     units_teacher: str = flag("", "whose k-means units are the tokens (default: the teacher's)")
@@ -596,7 +596,7 @@ class Config:
     top_k: int = flag(3, "layers to align")
     select: str = flag("foga", "foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
     align_weight: float = flag(1.0, "weight of the alignment loss")
-    align_pool: str = flag("clip", "a target a clip, or one a chunk", choices=("clip", "chunk"))
+    align_pool: str = flag("clip", "one target per clip, or per chunk", choices=("clip", "chunk"))
     align_until: int = flag(0, "stop aligning at this step (default: never)")
     bit_weight: float = flag(0.5, "lambda_BiT (paper: 0.5 for speech, 1.0 for audio)")
     device: str = flag("auto", "auto takes the first there is", choices=DEVICES)
@@ -606,8 +606,8 @@ class Config:
     save_every: int = flag(1000, "steps between checkpoints")
     resume: bool = flag(False, "go on with the run in --out")
 
-    def __post_init__(self):
-        self.chunks = max(1, round(min(1e9, self.seconds) / CHUNK))  # with the defaults filled in
+    def __post_init__(self):  # settings with defaults filled in
+        self.chunks = max(1, round(min(1e9, self.seconds) / CHUNK))  # inf: check refuses it
         self.phase1 = self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
         self.every = self.probe_every or max(1, min(200, self.phase1 // 10))
         self.until = self.align_until or self.steps
@@ -622,7 +622,7 @@ def check(config):
 
     for f in dataclasses.fields(config):
         if isinstance(f.default, (int, float)):
-            least = 0 if not f.default or "weight" in f.name else 1e-9  # no 0
+            least = 0 if not f.default or "weight" in f.name else 1e-9  # others can't be 0
             require(least <= getattr(config, f.name) < np.inf, f.name, "is out of range")
     L, domains = config.layers, max(1, len(config.data))
     layers = {int(k) for k in config.select.split(",") if k.isdecimal()} & {*range(1, L + 1)}
@@ -632,11 +632,11 @@ def check(config):
     require(config.dim % (2 * config.heads) == 0, "dim", "must be a multiple of 2 x --heads")
     require(config.phase1 < config.steps, "steps", f"must be more than phase I's {config.phase1}")
     require(config.phase1 < config.until, "align_until", f"is in phase I, {config.phase1} steps")
-    require(config.batch_size % domains == 0, "batch_size", f"is for {domains} domains alike")
+    require(config.batch_size % domains == 0, "batch_size", f"can't be shared by {domains} domains")
 
 
 def launch(config):
-    """-> rank, world (how many processes), device, and a function that opens the autocast context."""
+    """-> rank, world (how many processes), device, and what opens the autocast context."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ["RANK"]) if world > 1 else 0
     best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
@@ -653,7 +653,7 @@ def launch(config):
 
 
 class Objective(nn.Module):
-    """All that trains: the velocity model, a BiT-C head a domain, in phase II the alignment heads."""
+    """All that trains: velocity model, a BiT-C head per domain, alignment heads (phase II)."""
 
     def __init__(self, config, metas):
         super().__init__()
@@ -661,12 +661,12 @@ class Objective(nn.Module):
         vocab = [meta["units"] * meta["codebooks"] for meta in metas]
         self.model = VelocityModel(config.layers, config.dim, config.heads, config.dropout, vocab)
         self.bitc = nn.ModuleList(BiTC(config.dim, meta["teacher_dim"]) for meta in metas)
-        self.heads, self.lam, self.aligning = nn.ModuleList(), [], None  # until it trains
+        self.heads, self.lam, self.aligning = nn.ModuleList(), [], None  # None: not wrapped yet
 
     def add_heads(self, lam):
         """lam: each domain's {layer: lambda}."""
         torch.manual_seed(self.config.seed + 1)  # alike in the moving average and every process
-        self.lam, self.aligning = lam, not self.training  # the average's, for the log, stays on
+        self.lam, self.aligning = lam, None if self.training else True  # the average's stays on
         for chosen, meta in zip(lam, self.metas, strict=True):
             self.heads.append(AlignmentHeads(chosen, self.config.dim, meta["teacher_dim"]))
         self.heads.to(self.model.null.device).requires_grad_(False)  # until it aligns
@@ -710,8 +710,8 @@ def update(objective, ema, optimiser, step):
 
 
 def probe(model, bitc, batch):
-    """What each layer stores and contributes, the mean over PROBE_TIMES, each on its own clips of a batch
-    of one domain. In float32: scores are differences of close numbers. -> PROBED of each layer."""
+    """What each layer stores and contributes, the mean over PROBE_TIMES, each on its own clips of a
+    domain's batch. In float32: scores are differences of close numbers. -> PROBED of each layer."""
     L, found = len(model.layers), []
     model.eval()
     for i, now in enumerate(PROBE_TIMES):
@@ -752,7 +752,7 @@ def report(config, name, lam, scores, early):
     if config.select == "foga" and len(early) and K < len(foga):
         common = len(lam.keys() & {*(np.argsort(early[-1])[-K:] + 1).tolist()})
         print(f"margin: layer {[*lam][-1]} is {foga[K - 1] / foga[K] - 1:.1%} above the next")
-        moving = "; the ranking is still moving: more --probe-steps would settle it" * (common < K)
+        moving = "; the ranking is still moving: try more --probe-steps" * (common < K)
         print(f"{common} of these {K} layers led at half of phase I, too{moving}")
 
 
@@ -856,7 +856,6 @@ def train(config, state=None):
         out.mkdir(parents=True, exist_ok=world > 1)
         write_log()
         save()
-    wrap = nn.parallel.DistributedDataParallel if world > 1 else (lambda module: module)
     add_up = dist.all_reduce if world > 1 else (lambda x: x)
     make = partial(training_batch, data, config, rank=rank)
     ahead = {"num_workers": 4, "pin_memory": True} if device.type == "cuda" else {}
@@ -869,20 +868,20 @@ def train(config, state=None):
             ends = step == config.phase1
             due = 0 < step <= config.phase1 and (step % config.every == 0 or ends)
             if due and step not in [row[0] for row in probes]:
-                probes += [
+                probes += [  # all domains or none, should an error end the run here
                     [step, name, k, *scores]
                     for name, head, clips in zip(names, objective.bitc, choice, strict=True)
                     for k, scores in enumerate(probe(objective.model, head, clips), 1)
                 ]
-            if ends and not objective.lam:
+            if ends and not objective.lam:  # else it was resumed after the choice
                 lam = end_phase1(config, names, probes) if rank == 0 else [None] * len(data)
                 begin_phase2(objective, ema, optimiser, lam)
 
             aligning = config.phase1 <= step < config.until
             if objective.aligning != aligning:
-                objective.aligning = aligning
+                objective.aligning = aligning  # what trains has changed: wrap anew
                 objective.heads.requires_grad_(aligning)
-                model = wrap(objective)  # anew, since its parameters are others
+                model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
             torch.manual_seed(hash((config.seed, step, rank)) % 2**32)  # dropout's
 
             # Phase I, before there are heads: L_FM + lambda_BiT L_BiT. Phase II: Eq. 12.
@@ -897,7 +896,7 @@ def train(config, state=None):
                 write_log()
             if step % config.save_every == 0:
                 save()
-            told = torch.tensor(len(stop))  # on the CPU: no step waits for the GPU to ask this
+            told = torch.tensor(len(stop))  # a CPU tensor: to read it never waits for the GPU
             add_up(told)  # of all processes, which must leave after the same step
             if told:
                 break
@@ -909,8 +908,8 @@ def train(config, state=None):
 
 
 def write_samples(state, out, given):
-    """Sounds held-out clips again from their tokens and first 30 %. What follows goes to out/<domain>/real
-    and generated; again/ is real/ from other phases, a floor. -> {domain: its first clip's mels}."""
+    """Resynthesises held-out clips. All after their first 30 % goes to out/<domain>/real, generated
+    and again (real, by another Griffin-Lim seed: a floor). -> {domain: its first clip's mels}."""
     own = {k: given[k] for k in ("data", "device", "dtype") if k in given}
     config = Config(**{**state["config"], "device": "auto", **own})
     *_, device, autocast = launch(config)
@@ -938,8 +937,8 @@ def write_samples(state, out, given):
             mel = torch.cat([batch.x1, made, batch.x1]) * meta["mel_std"] + meta["mel_mean"]
             mel = mel[:, int(0.3 * mel.shape[1]) :]
             pairs.setdefault(meta["name"], mel.cpu())
-            for kind, x, phases in zip(("real", "generated", "again"), mel, (0, 0, 1), strict=True):
-                wave = mel_to_wave(x[None], given.get("vocoder"), phases)[0].cpu()
+            for kind, x, seed in zip(("real", "generated", "again"), mel, (0, 0, 1), strict=True):
+                wave = mel_to_wave(x[None], given.get("vocoder"), seed)[0].cpu()
                 file = out / meta["name"] / kind / f"{i:03}.wav"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 soundfile.write(file, wave / wave.abs().max().clamp(min=1), RATE)
@@ -989,7 +988,7 @@ def parse(arguments):
         kind = {**kinds.get(f.type, {"type": f.type}), **f.metadata, "help": text}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind)
     other = parser.add_argument_group("instead of training").add_argument
-    other("--sample", metavar="CKPT", help="sound held-out clips again: of its data, or of --data")
+    other("--sample", metavar="CKPT", help="resynthesise held-out clips of its data, or of --data")
     other("--count", type=int, help="pairs a domain (default: 8)")
     other("--nfe", type=int, help="Euler steps (default: 32)")
     other("--guidance", type=float, help="default: 3; 1 (off) for runs of under 10,000 steps")
@@ -1053,9 +1052,8 @@ def settings(given):
 def main():
     given = parse(sys.argv[1:])
     if "sample" in given:
-        state = load(given["sample"])
         out = unused(f"{Path(given['sample']).parent}/samples-{{}}")
-        write_samples(state, out, given)
+        write_samples(load(given["sample"]), out, given)
         return print(out)
     config, metas, state = settings(given)
     rank, world, *_ = launch(config)
@@ -1066,8 +1064,8 @@ def main():
     if rank == 0:
         if out.exists() and not state:
             raise ValueError(f"--out {out}: exists; --resume goes on with it, or choose another")
-        told = ", ".join(f"{meta['tokens_tell']:.2f} of {meta['name']}'s T(x)" for meta in metas)
-        print(f"{out}: phase I to step {config.phase1}; tokens tell {told} a chunk", flush=True)
+        cosines = ", ".join(f"{meta['tokens_tell']:.2f} ({meta['name']})" for meta in metas)
+        print(f"{out}: phase I to step {config.phase1}; tokens tell of a chunk's T(x): {cosines}")
     if world > 1:
         dist.init_process_group()  # gloo for the CPU's tensors, nccl for the GPUs'
     train(config, state)
@@ -1080,8 +1078,8 @@ def main():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         pairs = write_samples(state, out / "samples", {"count": 1, "device": config.device})
         draw(out, json.loads((out / "layers.json").read_text()), state["log"], pairs)
-        told = 1 - state["log"][-1]["val_align"] if any(state["lam"]) else 0
-        print(f"{out}: samples, pictures; the aligned layers tell {told:.2f} of T(x), held out")
+        cosine = 1 - state["log"][-1]["val_align"] if any(state["lam"]) else 0
+        print(f"{out}: done; the aligned layers tell {cosine:.2f} of a {config.align_pool}'s T(x)")
 
 
 def guarded(work):

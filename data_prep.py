@@ -1,11 +1,11 @@
-"""Audio to prepared folders for agrepa.py: log-mel, teacher features and tokens in chunks of 0.16 s.
+"""Audio to prepared folders for agrepa.py: log-mel, teacher features, tokens, in chunks of 0.16 s.
 
     python data_prep.py ./LibriTTS                              # as agrepa.py --data would
     python data_prep.py ./mine --like prepared/LibriTTS-1       # in that folder's tokens, to sample
     python data_prep.py --toy ./toy-audio                       # the toy corpus: speech and sounds
 
 The audio is only read: what libsndfile opens, of any rate from 4 kHz. Audio that can't be used is
-skipped, and listed with the reason in meta.json. A preparation that was stopped goes on with the same command.
+skipped; meta.json lists it with the reason. The same command goes on where one was stopped.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def digest(data):
 
 
 def list_audio(folder):
-    """-> {path in folder: (bytes, time of change)}, and {path: why it is skipped}. Links are followed."""
+    """-> {path in folder: (bytes, time of change)}, {path: why it is skipped}. Follows links."""
 
     def fail(error):
         raise error
@@ -68,8 +68,8 @@ def list_audio(folder):
 
 
 def hold_out(sizes):
-    """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash, 2 % and 20 files at
-    least, 10 % at most, as folders just above the files (a chapter, say) where there are twenty."""
+    """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash, 2 % and 20
+    files at least, 10 % at most: as folders just above the files (chapters) where there are 20."""
     total, held, taken, groups = sum(sizes.values()) or 1, set(), 0, {}
     named = {p for p in sizes if any(s.startswith(("dev-", "test-")) for s in Path(p).parts[:-1])}
     if named and len(named) < len(sizes):
@@ -90,8 +90,8 @@ def hold_out(sizes):
 
 
 def read_audio(path):
-    """A file, mono -> its hash, and pieces of at most PIECE chunks: waveforms at 16 kHz [n x 2560] and
-    24 kHz [n x 3840]; or why it can't be used, and none. An OSError says nothing about the file."""
+    """A file, mono -> its hash, and pieces of at most PIECE chunks: waveforms at 16 kHz [n x 2560]
+    and 24 kHz [n x 3840]; or why it can't be used, and none. OSErrors say nothing about it."""
     data, pieces, loudest, n = Path(path).read_bytes(), [], 0.0, PIECE
     file = io.BytesIO(data)
     try:
@@ -137,8 +137,8 @@ def mfcc(wave):
 
 
 def listener(name, config):
-    """A teacher by its name, a bundle of torchaudio, MFCC or FILE.py:FUNCTION -> a function from waveform
-    [B, n x 2560] at 16 kHz to features [B, n x 8, teacher_dim] on the CPU."""
+    """A teacher by its name, a bundle of torchaudio, MFCC or FILE.py:FUNCTION -> a function from
+    waveform [B, n x 2560] at 16 kHz to features [B, n x 8, teacher_dim] on the CPU."""
     *_, device, autocast = agrepa.launch(config)
 
     @contextlib.contextmanager
@@ -172,8 +172,8 @@ def listener(name, config):
 
 
 def hear(folder, sizes, teachers, codebooks):
-    """-> of each file its path, its hash or why it is skipped, and its pieces: mel [n x 15, M], features
-    of the first teacher, and what each codebook's units are made of (the second's: mel at 50 Hz)."""
+    """-> of each file its path, its hash or why it is skipped, and its pieces: mel [n x 15, M], the
+    first teacher's features, and what each codebook's units are of (the second's: mel at 50 Hz)."""
     part, began, done = np.cumsum([*sizes.values()]) // GROUP, time.time(), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 2)) as pool:
         for k in np.unique(part):
@@ -246,7 +246,7 @@ def lines_of(part, settings, widths):
 
 
 def fill(part, heard, books, lines):
-    """Appends each file's rows to the arrays, then its line to LOG: a killed preparation can go on."""
+    """Appends each file's rows to the arrays, then its line to LOG: if killed, it can go on."""
     known = {line["hash"]: line["path"] for line in lines if line["chunks"]}
     with contextlib.ExitStack() as opened:
         *files, log = [opened.enter_context(open(part / name, "ab", 0)) for name in (*ARRAYS, LOG)]
@@ -265,8 +265,8 @@ def fill(part, heard, books, lines):
 
 
 def publish(part, lines, held, meta):
-    """utterances.npy, meta.json. Unless meta has them: statistics of at most 20,000 training rows, and what
-    tokens tell: the cosine of a held-out row with the sum of training rows that share its tokens."""
+    """utterances.npy, meta.json. Unless meta has them: statistics of at most 20,000 training rows,
+    and what tokens tell: a held-out row's cosine with the sum of training rows of its tokens."""
     used = [line for line in lines if line["chunks"]]
     chunks = [line["chunks"] for line in used]
     _, folder = np.unique([str(Path(line["path"]).parent) for line in used], return_inverse=True)
@@ -310,7 +310,7 @@ def becoming(out):
 
 
 def prepare(folder, out, config, like=None):
-    """A folder of audio -> `out`, prepared. like: a prepared folder whose tokens and scales are taken."""
+    """A folder of audio -> `out`, prepared. like: the prepared folder whose tokens it takes."""
     files, skipped = list_audio(folder)
     names = [config.teacher, config.units_teacher or config.teacher]
     settings = {k: getattr(config, k) for k in PREPARATION} | {"units_teacher": names[1]}

@@ -1230,10 +1230,10 @@ def test_two_processes_choose_and_train_alike(folders, tmp_path):
 
 
 def test_killed_runs_end_bit_for_bit(folders, tmp_path):
-    config = tiny(data=folders[1], steps=40, probe_steps=20, save_every=2)
+    config = tiny(data=folders[1], steps=40, probe_steps=20, save_every=2, align_until=30)
     whole = train(config, tmp_path / "whole")
     argv = [*flags(config), "--out", "run"]
-    for step in (8, 24):
+    for step in (8, 24, 32):
         run = subprocess.Popen(command(*argv), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         assert any(line.startswith(f"step {step} ") for line in run.stdout)
         run.kill()
@@ -1279,7 +1279,7 @@ def test_bad_input_is_met_at_the_door(folders, program, monkeypatch):
         (("--lr", "nan"), "--lr nan is out of range"),
         (("--align-until", 9, "--probe-steps", 9), "--align-until 9 is in phase I"),
         (("--data", "--dim"), "expected at least one argument"),
-        (("--data", here, here, here), "for 3 domains alike"),
+        (("--data", here, here, here), "can't be shared by 3 domains"),
         (("--data", here, here), "one name"),
         (("--data", "nowhere"), "no such folder"),
         (("--seconds", "inf"), "--seconds inf"),
