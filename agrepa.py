@@ -256,8 +256,8 @@ def lasp(hidden, bitc, T_x, mask=None):
 def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
     """Eqs. 8, 9 for any residual network: scores [L, B]; their mean over B is FoG-A.
     velocity(*inputs) -> v [B, ...]. blocks: modules, each returning its own sum h + f(h); or lists
-    of modules that return f(h), closed to zeros: [[attn, ff], ...]. skip(args, kwargs, output):
-    what a closed module returns, where a ValueError asks for it."""
+    of modules that return f(h), closed to zeros: [[attn, ff], ...]. One that runs twice is closed
+    in both. skip(args, kwargs, output): what a closed module returns, if a ValueError asks."""
     gates, passes = Gates(blocks, skip), []
 
     def eval_mode(module, args):
@@ -910,7 +910,7 @@ def train(config, state=None):
 def write_samples(state, out, given):
     """Resynthesises held-out clips. All after their first 30 % goes to out/<domain>/real, generated
     and again (real, by another Griffin-Lim seed: a floor). -> {domain: its first clip's mels}."""
-    own = {k: given[k] for k in ("data", "device", "dtype") if k in given}
+    own = {k: given[k] for k in ("data", "seconds", "device", "dtype") if k in given}
     config = Config(**{**state["config"], "device": "auto", **own})
     *_, device, autocast = launch(config)
     objective = Objective(config, state["metas"]).to(device).eval()
@@ -1015,8 +1015,8 @@ def load(path):
         raise ValueError(f"{path}: no checkpoint, or a damaged one") from None
 
 
-def unused(name):  # name with 1, 2, 3, ... for {}: the first that doesn't exist
-    return next(path for i in range(1, 10**9) if not (path := Path(name.format(i))).exists())
+def unused(stem):  # stem-1, stem-2, ...: the first that doesn't exist
+    return next(path for i in range(1, 10**9) if not (path := Path(f"{stem}-{i}")).exists())
 
 
 def settings(given):
@@ -1037,7 +1037,7 @@ def settings(given):
     check(config)
     flags = [f"--{k.replace('_', '-')}={getattr(config, k)}" for k in (*PREPARATION, "device")]
     for i, folder in enumerate(config.data):
-        if not Path(folder, "meta.json").exists():
+        if not Path(folder, "utterances.npy").exists():
             folder = data_prep(folder, *flags)
         config.data[i] = os.path.abspath(folder)
         metas.append(json.loads(Path(folder, "meta.json").read_text()))
@@ -1052,14 +1052,14 @@ def settings(given):
 def main():
     given = parse(sys.argv[1:])
     if "sample" in given:
-        out = unused(f"{Path(given['sample']).parent}/samples-{{}}")
+        out = unused(given.get("out") or Path(given["sample"]).with_name("samples"))
         write_samples(load(given["sample"]), out, given)
         return print(out)
     config, metas, state = settings(given)
     rank, world, *_ = launch(config)
     if state and (state["metas"], state["world"]) != (metas, world):
         raise ValueError(f"--resume: the run had other data, or not {world} processes")
-    out = Path(config.out or unused("runs/" + "+".join(meta["name"] for meta in metas) + "-{}"))
+    out = Path(config.out or unused("runs/" + "+".join(meta["name"] for meta in metas)))
     config.out = str(out)
     if rank == 0:
         if out.exists() and not state:
@@ -1078,8 +1078,9 @@ def main():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         pairs = write_samples(state, out / "samples", {"count": 1, "device": config.device})
         draw(out, json.loads((out / "layers.json").read_text()), state["log"], pairs)
-        cosine = 1 - state["log"][-1]["val_align"] if any(state["lam"]) else 0
-        print(f"{out}: done; the aligned layers tell {cosine:.2f} of a {config.align_pool}'s T(x)")
+        cosine = 1 - state["log"][-1]["val_align"]
+        told = f"; the aligned layers tell {cosine:.2f} of a {config.align_pool}'s T(x)"
+        print(f"{out}: samples, pictures" + told * any(state["lam"]))
 
 
 def guarded(work):

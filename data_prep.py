@@ -12,10 +12,10 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import io
 import json
 import os
+import runpy
 import shutil
 import sys
 import time
@@ -121,7 +121,7 @@ def resampled(wave, rate, n):
     if np.abs(mean).mean() < 0.1 * loud.max():  # channels that cancel each other out
         mean = wave[:, loud.argmax()].copy()
     for new in (TEACHER_RATE, RATE):
-        # Denominators up to 500: 0.1 ms off in 25.6 s; 16,001 Hz would take a kernel of 1.5 GB.
+        # Denominators up to 500, which usual rates have: 16,001 Hz would take a kernel of 1.5 GB.
         ratio, size = Fraction(rate, new).limit_denominator(500), round(n * CHUNK * new)
         sound = torchaudio.functional.resample(torch.from_numpy(mean), *ratio.as_integer_ratio())
         found.append(F.pad(sound, (0, max(0, size - len(sound))))[:size])
@@ -153,7 +153,7 @@ def listener(name, config):
         if ".py:" in name:
             path, function = name.rsplit(":", 1)
             sys.path.insert(0, str(Path(path).parent.resolve()))  # for what lies beside it
-            net = getattr(importlib.import_module(Path(path).stem), function)()
+            net = runpy.run_path(path)[function]()  # no import: two may have one name
         else:
             net = mfcc if name == "MFCC" else agrepa.Teacher(name)
         net = net.to(device).eval() if isinstance(net, torch.nn.Module) else net
@@ -251,8 +251,7 @@ def fill(part, heard, books, lines):
     with contextlib.ExitStack() as opened:
         *files, log = [opened.enter_context(open(part / name, "ab", 0)) for name in (*ARRAYS, LOG)]
         for path, result, pieces in heard:
-            stored = zip(*(rows_of(books, *piece) for piece in pieces), strict=True)
-            rows = [*map(np.concatenate, stored)]
+            rows = [*map(np.concatenate, zip(*(rows_of(books, *x) for x in pieces), strict=True))]
             if rows and known.setdefault(result, path) != path:
                 result, rows = f"has the content of {known[result]}", []
             if not all(np.isfinite(x).all() for x in rows):
@@ -314,7 +313,8 @@ def prepare(folder, out, config, like=None):
     files, skipped = list_audio(folder)
     names = [config.teacher, config.units_teacher or config.teacher]
     settings = {k: getattr(config, k) for k in PREPARATION} | {"units_teacher": names[1]}
-    settings["audio"] = digest(str([str(folder.resolve()), like, *files.items()]))
+    code = [Path(name.rsplit(":", 1)[0]).read_bytes() for name in names if ".py:" in name]
+    settings["audio"] = digest(str([str(folder.resolve()), like, *code, *files.items()]))
     if out.exists():
         if json.loads(open(out / LOG).readline()) != settings:
             raise ValueError(f"{out} is of other audio or settings; prepare with another --out")
