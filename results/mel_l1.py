@@ -14,14 +14,20 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import agrepa
 
-for path in sys.argv[1:]:
+
+def finished(path):
+    """-> the checkpoint, its first domain's folder, its moving average and how to run it."""
     state = agrepa.load(path)
     config = agrepa.Config(**state["config"])
     *_, device, autocast = agrepa.launch(config)
-    folder = agrepa.PreparedFolder(config.data[0], config.chunks)
     objective = agrepa.Objective(config, state["metas"]).to(device).eval()
     objective.add_heads(state["lam"] or [{} for _ in state["metas"]])
     objective.load_state_dict(state["ema"])
+    return state, agrepa.PreparedFolder(config.data[0], config.chunks), objective, device, autocast
+
+
+def main(path):
+    state, folder, objective, device, autocast = finished(path)
     clips = []
     for i in range(64):
         draws = np.random.default_rng((agrepa.SAMPLING, 0, 0, 0, i))
@@ -32,3 +38,8 @@ for path in sys.argv[1:]:
     apart = (made - batch.x1)[:, int(0.3 * made.shape[1]) :].abs() * folder.meta["mel_std"]
     apart, loss = apart.mean((1, 2)), state["log"][-1]["val_fm"]
     print(f"{path}: mel L1 {apart.mean():.4f} +- {apart.std() / 8:.4f}, held-out loss {loss:.4f}")
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        main(path)
