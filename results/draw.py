@@ -26,15 +26,15 @@ with open(HERE / "runs.csv") as file:
     ]
 figure = Figure((9, 5), layout="constrained")
 for axes, shape in zip(
-    figure.subplots(2, 2), (("8", "2000", "400"), ("24", "1500", "300")), strict=True
+    figure.subplots(2, 2), (("8", "128", "2000", "400"), ("24", "128", "1500", "300")), strict=True
 ):
-    own = [r for r in runs if (r["layers"], r["steps"], r["phase1"]) == shape]
+    own = [r for r in runs if (r["layers"], r["dim"], r["steps"], r["phase1"]) == shape]
     for ax, column, label in zip(
         axes, ("val_fm", "mel_l1"), ("held-out loss", "mel L1"), strict=True
     ):
         for x, selects in enumerate(CHOICES.values()):
             y = [float(r[column]) for r in own if r["select"] in selects]
             ax.scatter([x] * len(y), y, 18, color=f"C{x}")
-        ax.set(title="{} layers, {} steps".format(*shape), ylabel=label)
+        ax.set(title="{0} layers, {2} steps".format(*shape), ylabel=label)
         ax.set_xticks(range(len(CHOICES)), CHOICES, rotation=20, ha="right")
 figure.savefig(HERE / "runs.png", dpi=90)
