@@ -498,7 +498,7 @@ class PreparedFolder:
             self.clips |= dict.fromkeys(("loss", "choice"), self.clips["held out"])
 
     def clip(self, part, where, length, draws, t=0.0, keep=True):
-        """The part's clip at `where`; 0.3 x `length` of it is the reference. Both are in [0, 1)."""
+        """The part's clip at `where`, in [0, 1); its first 0.3 x `length` is the reference."""
         rows, starts = self.clips[part]
         if not len(starts):
             raise ValueError(f"{self.meta['name']} has no clip so long for {part}: lower --seconds")
