@@ -1071,16 +1071,17 @@ def main():
     train(config, state)
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0:
-        state = load(out / "last.pt")
-        if (at := state["step"]) < config.steps:
-            raise KeyboardInterrupt(f"stopped at step {at}: --out {out} --resume goes on")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        pairs = write_samples(state, out / "samples", {"count": 1, "device": config.device})
-        draw(out, json.loads((out / "layers.json").read_text()), state["log"], pairs)
-        cosine = 1 - state["log"][-1]["val_align"]
-        told = f"; the aligned layers tell {cosine:.2f} of a {config.align_pool}'s T(x)"
-        print(f"{out}: samples, pictures" + told * any(state["lam"]))
+    if rank > 0:
+        os._exit(0)  # threads of gloo's may outlive the interpreter: it would abort
+    state = load(out / "last.pt")
+    if (at := state["step"]) < config.steps:
+        raise KeyboardInterrupt(f"stopped at step {at}: --out {out} --resume goes on")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    pairs = write_samples(state, out / "samples", {"count": 1, "device": config.device})
+    draw(out, json.loads((out / "layers.json").read_text()), state["log"], pairs)
+    cosine = 1 - state["log"][-1]["val_align"]
+    told = f"; the aligned layers tell {cosine:.2f} of a {config.align_pool}'s T(x)"
+    print(f"{out}: samples, pictures" + told * any(state["lam"]))
 
 
 def guarded(work):
