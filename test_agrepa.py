@@ -828,10 +828,8 @@ def test_lengths_come_from_what_is_read(tmp_path):
     assert_close(one[0], other[0], atol=1e-3, rtol=0)
     parts = [tone(tmp_path / f"{s}.mp3", s, 48_000, seed=s).read_bytes() for s in (20, 50)]
     (tmp_path / "joined.mp3").write_bytes(b"".join(parts))
-    content = tone(tmp_path / "whole.wav", 3, 48_000).read_bytes()
-    i = content.find(b"data")
-    content = content[: i + 4] + bytes(4) + content[i + 8 :]  # a recorder that crashed
-    (tmp_path / "crashed.wav").write_bytes(content)
+    head, body = tone(tmp_path / "whole.wav", 3, 48_000).read_bytes().split(b"data", 1)
+    (tmp_path / "crashed.wav").write_bytes(head + b"data" + bytes(4) + body[4:])  # by a recorder
     for name in ("joined.mp3", "crashed.wav"):
         why, pieces = data_prep.read_audio(tmp_path / name)
         assert "longer than its header says" in why and not pieces, name
@@ -1051,6 +1049,7 @@ def test_a_run_writes_its_folder(folders, tmp_path):
             assert len(mine) == 2 and np.isclose(np.mean(mine), entry["foga"][k - 1])
         lam = dict(zip(entry["layers"], entry["weights"], strict=True))
         assert lam == state["lam"][d] == select_layers(entry["foga"], 2)
+        assert len(entry["lasp"]) == len(entry["gradnorm"]) == 4
 
 
 def test_strategies_differ_only_from_the_selection_on(folders, tmp_path):
@@ -1369,6 +1368,7 @@ def test_sample_writes_pairs_the_same_each_time(finished, program):
     kinds = {name.rsplit("/", 1)[0] for name in found[0]}
     assert kinds == {f"{d}/{k}" for d in ("one", "two") for k in ("real", "generated", "again")}
     assert found[0] == found[1]
+    assert len(soundfile.read(finished / "samples/one/real/000.wav")[0]) == 63 * 256  # as trained
     for name in found[0]:
         wave, rate = soundfile.read(f"mine-3/{name}")
         assert rate == 24_000 and len(wave) == 42 * 256 and np.isfinite(wave).all()
