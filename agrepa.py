@@ -2,10 +2,10 @@
 
 The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
 
-    python agrepa.py                                           # toy corpus, minutes on a CPU
-    python agrepa.py --data ./LibriTTS --steps 100000          # prepare, probe, select, align
-    torchrun --nproc_per_node=8 agrepa.py --data prepared/LibriTTS-1 --steps 100000  # once prepared
-    python agrepa.py --sample runs/LibriTTS-1/last.pt          # held-out sounds, real and generated
+    python agrepa.py                                   # toy corpus, minutes on a CPU
+    python agrepa.py --data ./LibriTTS --steps 100000  # prepare, probe, select, align
+    torchrun --nproc_per_node=8 agrepa.py --data prepared/LibriTTS-1   # once prepared
+    python agrepa.py --sample runs/LibriTTS-1/last.pt  # held-out sounds
 
  1  flow matching       Eqs. 1, 2    flow_path, flow_matching_loss
  2  velocity model      Eqs. 7, 15   VelocityModel, Condition, interleave
@@ -16,30 +16,31 @@ The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
  7  selection           Eqs. 10, 11  select_layers
  8  alignment           Eq. 12       capture, AlignmentHeads, agrepa_loss
  9  sampling            App. A       sample, mel_to_wave
-10  data                             PreparedFolder, training_batch, held_out_batch
+10  data                             PreparedFolder, training_batches, fixed_batch
 11  training            App. A.5     Config, Objective, probe, choose, train
-12  sound and pictures  Fig. 1       write_samples, draw
+12  sound                            write_samples
 13  command line                     main
 
-Shapes: B clips, T mel frames, N tokens, M mel bins, D the model's width, L layers, counted from 1.
-Time is in chunks of 0.16 s: 15 mel frames at 24 kHz, 8 teacher frames at 50 Hz. T_x is T(x).
+Shapes: B clips, T mel frames, N tokens, M mel bins, D the model's width, L layers,
+counted from 1. Time is in chunks of 0.16 s, the shortest stretch that is whole in both
+clocks: 15 mel frames (hop 256 at 24 kHz) and 8 teacher frames (20 ms). T_x is T(x), a
+clip's teacher feature. data_prep.py turns audio into what section 10 reads.
 """
 
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
+import inspect
 import json
 import os
-import pickle
-import signal
+import re
 import subprocess
 import sys
-import time
+from collections import namedtuple
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -50,13 +51,18 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-RATE, HOP, N_MELS = 24_000, 256, 100  # Vocos 24 kHz mel format
+# The Vocos 24 kHz mel format: rate, hop and mel bins
+RATE = 24_000
+HOP = 256
+N_MELS = 100
 TEACHER_RATE = 16_000  # HuBERT's
-CHUNK, MEL_FRAMES, TEACHER_FRAMES = 0.16, 15, 8  # seconds, mel and teacher frames of a chunk
-TRAINING, HELD_OUT, CHOICE, SAMPLING = range(4)  # a draw's seed begins with its purpose
+CHUNK = 0.16  # seconds
+MEL_FRAMES = 15  # of a chunk
+TEACHER_FRAMES = 8  # of a chunk
 
-# ---- 1. Flow matching (Eqs. 1, 2) ----------------------------------------------------------------
-# Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their velocity u.
+# ---- 1. Flow matching (Eqs. 1, 2) --------------------------------------------------
+# Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their
+# velocity u.
 
 
 def flow_path(x0, x1, t):
@@ -67,36 +73,46 @@ def flow_path(x0, x1, t):
     return x_t, u
 
 
-def flow_matching_loss(v, u):
-    """Eq. 2 of each clip, a mean over elements, not a sum: the other losses' weights assume it.
-    v, u [B, ...] -> [B]. Raises ValueError where they differ in shape."""
+def flow_matching_loss(v, u, mask=None):
+    """Eq. 2 of each clip, a mean over elements, not a sum: the other losses' weights
+    assume it. v, u [B, ...] -> [B]; mask [B, T], boolean, true where a frame is real.
+    Raises ValueError where v and u differ in shape: they would broadcast."""
     if v.shape != u.shape:
         raise ValueError(f"v {list(v.shape)} is not of the shape of u {list(u.shape)}")
-    return (v.float() - u).square().flatten(1).mean(1)
+    error = (v.float() - u).square()
+    if mask is not None:
+        return pool(error.flatten(2), mask).mean(1)  # pool: section 4
+    return error.flatten(1).mean(1)
 
 
-# ---- 2. Velocity model (Eqs. 7, 15) --------------------------------------------------------------
-# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c), f_l being attention and feed-forward
-# together. The gates m_l are 1 in training and stand nowhere in the code: fog_a closes one by
-# handing on h_{l-1}. The conditioning c enters in h_0.
+# ---- 2. Velocity model (Eqs. 7, 15) ------------------------------------------------
+# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c), f_l being attention and
+# feed-forward together. The conditioning c, tokens and a reference mel, enters in h_0.
 
 
-class Condition(NamedTuple):
-    tokens: torch.Tensor  # [B, N] ids, 8 x codebooks per chunk; the second's begin at `units`
-    ref: torch.Tensor  # [B, T, M] reference mel: the clip's first frames, zeros after them
-    keep: torch.Tensor  # [B] false where the tokens are dropped
-    domain: torch.Tensor  # [B] which embedding table
+# tokens [B, N]: ids, 8 a chunk and codebook; the second codebook's are shifted by
+# `units`. ref [B, T, M]: reference mel, a clip's first frames, zeros after them. keep
+# [B]: false where the tokens are dropped. domain: which table of embeddings.
+Condition = namedtuple("Condition", "tokens ref keep domain")
 
 
 def interleave(*codebooks):
-    """Eq. 15: s = [t1, b1, t2, b2, ...]. Streams [..., n], equally long -> [..., n x codebooks]."""
+    """Eq. 15: s = [t1, b1, t2, b2, ...], made in data_prep.py. Streams [..., n] ->
+    [..., n x codebooks]."""
     return torch.stack(codebooks, -1).flatten(-2)
 
 
-def rotate(x, turns):
-    """Rotary positions: x [B, heads, T, d], turns: angles [T, d / 2]."""
+def sinusoids(x, width):
+    """x [...] -> [..., width]: cosines, then sines, at frequencies from 1 to 1e-4."""
+    frequencies = 1e4 ** -torch.linspace(0, 1, width // 2, device=x.device)
+    angles = x[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x, waves):
+    """Rotary positions: x [B, heads, T, d], waves = sinusoids(positions, d) [T, d]."""
+    cos, sin = waves.to(x.dtype).chunk(2, -1)
     a, b = x.chunk(2, -1)
-    cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
@@ -105,118 +121,160 @@ def attention(q, k, v):
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
     # On a CPU its bf16 backward is slow: written out, a step takes 0.8 of the time.
-    score = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    with torch.autocast("cpu", enabled=False):  # keeps the scores in bf16; softmax sums in float32
+    score = (q * q.shape[-1] ** -0.5) @ k.mT
+    with torch.autocast("cpu", enabled=False):  # else softmax would widen the scores
         return score.softmax(-1) @ v
 
 
-def modulate(h, shift, scale):  # adaLN: h [B, T, D], shift and scale [B, 1, D]
+def modulate(h, shift, scale):
+    """adaLN: h [B, T, D], shift and scale [B, 1, D]."""
     return F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
+
+
+def zero(linear):
+    """A linear layer that starts at zero: adaLN-Zero's layers start as the identity."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class Layer(nn.Module):
     def __init__(self, dim, heads, dropout):
         super().__init__()
-        self.heads, self.drop = heads, nn.Dropout(dropout)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.modulation = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.modulation.weight)  # adaLN-Zero: each layer starts as the identity
-        nn.init.zeros_(self.modulation.bias)
+        self.heads = heads
+        self.modulation = zero(nn.Linear(dim, 6 * dim))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+        self.drop = nn.Dropout(dropout)
 
-    def forward(self, h, t, turns):
-        """Eq. 7. h [B, T, D], t [B, D] embedded, turns [T, d / 2] -> h_l [B, T, D]."""
-        shift1, scale1, alpha1, shift2, scale2, alpha2 = self.modulation(t)[:, None].chunk(6, -1)
-        x = self.qkv(modulate(h, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
+    def attend(self, x, waves):
+        x = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         q, k, v = x.permute(2, 0, 3, 1, 4)  # [B, heads, T, d] each
-        x = attention(rotate(q, turns), rotate(k, turns), v).transpose(1, 2).flatten(2)
-        h = h + alpha1 * self.drop(self.out(x))
-        x = self.drop(F.gelu(self.up(modulate(h, shift2, scale2))))
-        return h + alpha2 * self.drop(self.down(x))
+        x = attention(rotate(q, waves), rotate(k, waves), v)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+    def forward(self, h, t, waves):
+        """Eq. 7. h = h_{l-1} [B, T, D], t [B, 1, D] embedded, waves [T, d] -> h_l.
+        alpha, adaLN-Zero's scale of a branch, is learned; Eq. 7's gate m is another
+        thing."""
+        shift1, scale1, alpha1, shift2, scale2, alpha2 = self.modulation(t).chunk(6, -1)
+        x = self.attend(modulate(h, shift1, scale1), waves)
+        a = alpha1 * self.drop(x)
+        x = F.gelu(self.up(modulate(h + a, shift2, scale2)))
+        x = self.down(self.drop(x))
+        f = a + alpha2 * self.drop(x)
+        return h + f  # h + m f, the gate m being 1; fog_a closes it from outside
 
 
 class VelocityModel(nn.Module):
-    """v_theta(x_t, t, c). vocab: how many token ids (units x codebooks) each domain has."""
+    """v_theta(x_t, t, c). vocab: for each domain its number of token ids."""
 
-    def __init__(self, layers=12, dim=512, heads=8, dropout=0.0, vocab=(1024,), n_mels=N_MELS):
+    def __init__(
+        self,
+        layers=12,
+        dim=512,
+        heads=8,
+        dropout=0.0,
+        vocab=(1024,),
+        n_mels=N_MELS,
+    ):
         super().__init__()
-        self.register_buffer("first_id", torch.tensor([0, *vocab]).cumsum(0)[:-1], persistent=False)
-        self.tokens = nn.Embedding(sum(vocab), dim)  # one table per domain, end to end
-        self.null = nn.Parameter(torch.randn(dim))  # stands for dropped tokens
-        self.x_in, self.cond_in = nn.Linear(n_mels, dim), nn.Linear(dim + n_mels, dim)
-        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.tokens = nn.ModuleList(nn.Embedding(ids, dim) for ids in vocab)
+        self.head_dim = dim // heads
+        self.x_in = nn.Linear(n_mels, dim)
+        self.cond_in = nn.Linear(dim + n_mels, dim)
+        self.time = nn.Sequential(
+            nn.Linear(256, dim),
+            nn.SiLU(),
+            nn.Linear(dim, dim),
+            nn.SiLU(),  # adaLN's, once for all layers
+        )
         self.layers = nn.ModuleList(Layer(dim, heads, dropout) for _ in range(layers))
-        self.modulation, self.v_out = nn.Linear(dim, 2 * dim), nn.Linear(dim, n_mels)
-        for p in (*self.modulation.parameters(), *self.v_out.parameters()):  # v = 0 at first
-            nn.init.zeros_(p)
+        self.modulation = zero(nn.Linear(dim, 2 * dim))
+        self.v_out = zero(nn.Linear(dim, n_mels))
 
     def embed(self, cond):
-        """The embedded tokens e [B, N, D]; they train, the null token too."""
-        e = self.tokens(cond.tokens + self.first_id[cond.domain][:, None])
-        return torch.where(cond.keep[:, None, None], e, self.null)
+        """The embedded tokens e [B, N, D], which train; zeros where they are
+        dropped."""
+        return self.tokens[cond.domain](cond.tokens) * cond.keep[:, None, None]
 
-    def forward(self, x_t, t, cond, e=None):
-        """x_t [B, T, M], t [B] -> v [B, T, M]. e: embed(cond), if at hand."""
+    def forward(self, x_t, t, cond):
+        """x_t [B, T, M], t [B] -> v [B, T, M]."""
         T = x_t.shape[1]
-        e = self.embed(cond) if e is None else e
-        e = F.interpolate(e.transpose(1, 2), T, mode="linear").transpose(1, 2)  # [B, T, D]
+        e = self.embed(cond)
+        e = F.interpolate(e.mT, T, mode="linear").mT
         # To concatenate x_t and c and project them is to add up their projections.
-        h = self.x_in(x_t) + self.cond_in(torch.cat([e, cond.ref], -1))
-        waves = 1000 * t[:, None] * 1e4 ** -(torch.arange(128, device=h.device) / 128)  # DiT's
-        t_emb = self.time(torch.cat([waves.cos(), waves.sin()], -1))  # [B, D]
-        half = h.shape[-1] // self.layers[0].heads // 2
-        turns = 1e4 ** -(torch.arange(half, device=h.device) / half)  # from 1 to 1e-4 (RoFormer)
-        turns = torch.arange(T, device=h.device)[:, None] * turns
+        h = self.x_in(x_t) + self.cond_in(torch.cat([e, cond.ref], -1))  # h_0 [B, T, D]
+        t = self.time(sinusoids(1000 * t, 256))[:, None]  # as in DiT; now [B, 1, D]
+        waves = sinusoids(torch.arange(T, device=h.device), self.head_dim)
         for layer in self.layers:
-            h = layer(h, t_emb, turns)
-        return self.v_out(modulate(h, *self.modulation(t_emb)[:, None].chunk(2, -1))).float()
+            h = layer(h, t, waves)
+        shift, scale = self.modulation(t).chunk(2, -1)
+        h = modulate(h, shift, scale)
+        return self.v_out(h).float()
 
 
-# ---- 3. Teacher, T(x) ----------------------------------------------------------------------------
-# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in data_prep.py.
-# A clip's T(x) is the mean of its features, less the corpus mean: left in, it makes all clips'
-# targets nearly alike.
+# ---- 3. Teacher, T(x) --------------------------------------------------------------
+# A frozen model of sound: waveform at 16 kHz to features at 50 Hz. It runs once, in
+# data_prep.py. A clip's T(x) is the mean of its features, less the corpus mean: left
+# in, it makes all clips' targets nearly alike.
 
 
 class Teacher(nn.Module):
-    """A speech bundle of torchaudio.pipelines, one layer of it, frozen: waveform [B, n x 2560] at
-    16 kHz -> features [B, n x 8, teacher_dim]. Its checkpoint is downloaded once."""
+    """A speech bundle of torchaudio.pipelines, one layer of it, frozen: waveform [B, n
+    x 2560] at 16 kHz, n chunks -> features [B, n x 8, teacher_dim]. Its checkpoint is
+    downloaded once."""
 
     def __init__(self, name="HUBERT_BASE", layer=9):
         super().__init__()
         bundle = getattr(torchaudio.pipelines, name)
         net = bundle.get_model()
-        self.net = getattr(net, "model", net)  # not its wrapper, which normalises across the batch
-        self.normalise, self.layer = bundle._normalize_waveform, layer
+        # Large bundles wrap it, and normalise a batch as one: clips would mix.
+        self.net = getattr(net, "model", net)
+        self.normalise = bundle._normalize_waveform
+        self.layer = layer
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, wave):
-        # Windows of 25 ms, every 20: without 5 ms in front the last frame would be missing.
+        # Windows of 25 ms, every 20: without 5 ms in front the last would be missing.
         wave = F.pad(wave, (80, 0))
         if self.normalise:
             wave = F.layer_norm(wave, wave.shape[1:])  # each clip by itself
-        return self.net.extract_features(wave, num_layers=self.layer)[0][-1]
+        features, _ = self.net.extract_features(wave, num_layers=self.layer)
+        return features[-1]
 
 
 def log_mel(wave):
-    """Waveform [B, n x 256] at 24 kHz -> [B, n, 100]: n_fft 1024, magnitude, natural log."""
-    mel = torchaudio.transforms.MelSpectrogram(RATE, 1024, hop_length=HOP, n_mels=N_MELS, power=1)
-    return mel.to(wave.device)(wave)[..., :-1].clamp(min=1e-5).log().mT  # the paper's; Vocos: 1e-7
+    """Waveform [B, n x 256] at 24 kHz -> natural log of the mel magnitude [B, n,
+    100]."""
+    mel = torchaudio.transforms.MelSpectrogram(
+        RATE,
+        n_fft=1024,
+        hop_length=HOP,
+        n_mels=N_MELS,
+        power=1,
+    )
+    x = mel.to(wave.device)(wave)[..., :-1]  # centred frames: one more than hops
+    return x.clamp(min=1e-5).log().mT  # the paper's floor; Vocos's own is 1e-7
 
 
-# ---- 4. The token interface: BiT-C (Eqs. 3 to 5) -------------------------------------------------
-# One linear head P_d on the pooled embedded tokens e ties them to the teacher. It trains the tokens
-# to carry what the teacher knows, and gives LASP a head that was never fitted to a layer.
+# ---- 4. The token interface: BiT-C (Eqs. 3 to 5) -----------------------------------
+# One linear head P_d on the pooled embedded tokens e ties them to the teacher. It
+# trains the tokens to carry what the teacher knows, and gives LASP a head that was
+# never fitted to a layer.
 
 
 def pool(h, mask=None):
-    """The mean over time: h [..., T, D] -> [..., D] in float32. mask [..., T], boolean, true where
-    a frame counts; all zeros where none does. Raises ValueError for another kind of mask."""
+    """The mean over time: h [..., T, D] -> [..., D] in float32. mask [..., T], boolean,
+    true where a frame is real; zeros where none is. Raises ValueError for another mask:
+    one of 0 and -1e9, made to be added to scores, would weigh the frames by that."""
     if mask is None:
         return h.float().mean(-2)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"a mask of {mask.dtype}: give a boolean one, true where a frame counts")
+    if mask.dtype != torch.bool or mask.shape != h.shape[:-1]:
+        raise ValueError(f"a mask {list(mask.shape)}, {mask.dtype}: give booleans")
     total = h.float().masked_fill(~mask[..., None], 0).sum(-2)
     return total / mask.sum(-1, keepdim=True).clamp(min=1)
 
@@ -226,874 +284,1089 @@ class BiTC(nn.Module):
         super().__init__()
         self.P = nn.Linear(dim, teacher_dim)
 
-    def forward(self, e, T_x, mask=None):
-        """Eqs. 3, 4: e [B, N, D], T_x [B, teacher_dim], mask [B, N] -> s = cos(P z, T(x)) [B]."""
-        z = F.layer_norm(pool(e, mask), e.shape[-1:])  # P would absorb gain and bias
-        return F.cosine_similarity(self.P(z).float(), T_x.float(), dim=-1)
+    def forward(self, e, T_x):
+        """Eqs. 3, 4: e [B, N, D], T_x [B, teacher_dim] -> s [B]."""
+        z = F.layer_norm(pool(e), e.shape[-1:])  # no gain and bias: P has its own
+        return F.cosine_similarity(self.P(z).float(), T_x, dim=-1)
 
 
 def bitc_loss(s, keep):
-    """Eq. 5, one domain: s [B], keep [B] false where the tokens were dropped -> scalar."""
+    """Eq. 5, one domain: s [B], keep [B] false where tokens were dropped -> scalar."""
     return ((1 - s) * keep).sum() / keep.sum().clamp(min=1)
 
 
-# ---- 5. LASP: what a layer stores (Eq. 6) --------------------------------------------------------
-# BiT-C's score with a layer's hidden state where the tokens were, by the same head for all layers.
+# ---- 5. LASP: what a layer stores (Eq. 6) ------------------------------------------
+# BiT-C's score with a layer's hidden state in the tokens' place, by one head for all
+# layers, which was never fitted to any of them.
 
 
 @torch.no_grad()
-def lasp(hidden, bitc, T_x, mask=None):
-    """hidden {k: [B, T, D]}, bitc a head, T_x [B, teacher_dim], mask [B, T] -> [L, B], by k."""
-    return torch.stack([bitc(hidden[k], T_x, mask) for k in sorted(hidden)])
+def lasp(hidden, bitc, T_x):
+    """Eq. 6: hidden {k: [B, T, D]}, bitc a head, T_x [B, teacher_dim] -> [L, B], by
+    k."""
+    return torch.stack([bitc(hidden[k], T_x) for k in sorted(hidden)])
 
 
-# ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) ----------------------------------------------
-# Close one layer's gate, see how far the velocity moves: L + 2 passes. A closed block returns its
-# h_{l-1}: the input at the place where, in an open pass, the next block receives its output.
+# ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) --------------------------------
+# What a layer stores is not what it contributes: a deep one may hold all that the
+# teacher knows and hardly move the velocity. So close one layer's gate, and see how far
+# it moves: L + 2 passes, an open one, the same again as a check, one a layer. A closed
+# layer returns its h_{l-1}; most of this section finds out which of its inputs that is,
+# in models of all kinds. fog_a comes first, its helpers in the order in which it calls
+# them.
 
 
+@torch.inference_mode(False)  # its tensors have no version, which `route` compares
 @torch.no_grad()
 def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
     """Eqs. 8, 9 for any residual network: scores [L, B]; their mean over B is FoG-A.
-    velocity(*inputs) -> v [B, ...]. blocks: modules, each returning its own sum h + f(h); or lists
-    of modules that return f(h), closed to zeros: [[attn, ff], ...]. One that runs twice is closed
-    in both. skip(args, kwargs, output): what a closed module returns, if a ValueError asks."""
-    gates, passes = Gates(blocks, skip), []
 
-    def eval_mode(module, args):
+    velocity(*inputs) -> v [B, ...], one tensor. blocks: modules, each returning its own
+    sum h + f(h); or lists of modules that return f(h), closed to zeros:
+    [[attn, ff], ...]. A module that runs twice is closed in both places.
+    skip(args, kwargs, output): what a closed module returns, asked for by a ValueError
+    where the passes don't show it. Raises ValueError, too, where a block never runs or
+    v changes from pass to pass. Leaves modes, hooks and random states as they were.
+    """
+    blocks = list(blocks)
+    groups = [list(b) if isinstance(b, (list, tuple)) else [b] for b in blocks]
+    scores = []
+    with probing_mode():
+        v, calls = recorded_pass(velocity, inputs, groups)
+        again = one_pass(velocity, inputs)
+        if (again - v).norm() > 1e-3 * v.norm():
+            raise ValueError("fog_a: v changes from pass to pass (numpy's randomness?)")
+        for k, block in enumerate(blocks, 1):
+            with hooked(groups[k - 1], copies, closing(k, block, calls, skip)):
+                v_k = one_pass(velocity, inputs)  # Eq. 8: gate k closed
+            scores.append((v_k - v).norm(dim=1) / (v.norm(dim=1) + eps))  # Eq. 9
+    return torch.stack(scores)
+
+
+@contextlib.contextmanager
+def probing_mode():
+    """Eval mode for every module that runs, and eager code; undone at the end."""
+
+    def to_eval(module, args):
         if module.training:
             undo.callback(setattr, module, "training", True)
-            module.training = False  # whatever runs: velocity may be any callable
+            module.training = False
 
-    with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as undo:
-        undo.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
-        undo.callback(nn.modules.module.register_module_forward_pre_hook(eval_mode).remove)
-        for module in gates.number:
-            undo.callback(module.register_forward_pre_hook(gates.before, with_kwargs=True).remove)
-            undo.callback(module.register_forward_hook(gates.after, with_kwargs=True).remove)
-        for closed in (None, (), *gates.groups):  # who feeds whom; does v repeat; Eq. 8 per block
-            gates.closed, gates.kept = closed, None
-            torch.manual_seed(0)  # the same random numbers in each pass
-            v = velocity(*inputs)
-            passes.append(v.reshape(len(v), -1).clone())  # velocity may reuse its buffer
-            if never := gates.number.keys() - {call[0] for call in gates.calls}:
-                k = min(gates.number[module] for module in never)
-                raise ValueError(f"fog_a: block {k} never ran (a ModuleList is never called)")
-    v, again, *ablated = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes)
-    if (again - v).norm() > 1e-3 * v.norm():
-        raise ValueError("fog_a: velocity changes from pass to pass (randomness outside torch?)")
-    return torch.stack([(v_k - v).norm(dim=1) / (v.norm(dim=1) + eps) for v_k in ablated])  # Eq. 9
+    # fork_rng wants a kind of device, though there be none of it.
+    device = torch.accelerator.current_accelerator(True) or torch.device("cuda")
+    devices = range(torch.accelerator.device_count())
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.random.fork_rng(devices, device_type=device.type))
+        undo.enter_context(torch.compiler.set_stance("force_eager"))  # else no hooks
+        hook = nn.modules.module.register_module_forward_pre_hook(to_eval)
+        undo.callback(hook.remove)  # a hook of all modules: velocity is any callable
+        yield
 
 
-def tensors(tree):  # {place: (tensor, its version: how often it was written into)}
-    return {p: (x, x._version) for p, x in pytree.tree_leaves_with_path(tree) if torch.is_tensor(x)}
+def one_pass(velocity, inputs):
+    """v [B, -1] in float32."""
+    torch.manual_seed(0)  # the same random numbers in each pass
+    v = velocity(*inputs)
+    if not torch.is_tensor(v) or v.dim() == 0:
+        raise ValueError(f"fog_a: velocity returns {type(v).__name__}, not v [B, ...]")
+    return v.reshape(len(v), -1).float().clone()  # velocity may reuse its buffer
 
 
-class Gates:  # hooks. closed: modules to close; None: note what each takes in and returns
-    def __init__(self, blocks, skip):
-        self.groups = [list(b) if isinstance(b, (list, tuple)) else (b,) for b in blocks]
-        self.number = {module: k for k, group in enumerate(self.groups, 1) for module in group}
-        self.skip, self.calls = skip, []  # (module, inputs, outputs), held so no id() is reused
+@contextlib.contextmanager
+def hooked(modules, before, after):
+    """Hooks, for as long as the context lasts. As a module starts, its inputs are
+    noted: noted = before((args, kwargs)); afterwards it may have written into them. As
+    it ends, after(module, noted, output) may return something in its output's place."""
+    noted = {}
 
-    def before(self, module, args, kwargs):
-        self.came = tensors((args, kwargs))
-        if self.closed and module in self.closed:  # copies, since it may write into its inputs
-            self.kept = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    def on_entry(module, args, kwargs):
+        noted[module] = before((args, kwargs))
 
-    def after(self, module, args, kwargs, output):
-        if self.closed is None:
-            return self.calls.append((module, self.came, tensors(output)))
-        return self.close(module, output) if module in self.closed else None
+    def on_exit(module, args, kwargs, output):
+        return after(module, noted.pop(module), output)
 
-    def close(self, module, output):
-        i = [call[0] for call in self.calls].index(module)
-        near, takes = self.calls[max(0, i - 1) : i] + self.calls[i + 1 : i + 2], self.calls[i][1]
-        shared = [(p, id(y)) for _, inputs, _ in near for p, (y, _) in inputs.items()]
-        i -= module is self.calls[-1][0] and i > 0  # the last has no next: as the one before it
-        (_, own, outputs), (_, given, _) = self.calls[i], self.calls[i : i + 2][-1]
-        place = {(id(y), n): p for p, (y, n) in given.items()}
-        places = {at: place.get((id(x), n)) for at, (x, n) in outputs.items()}  # of next's inputs
-        sums = [h + x for h, _ in own.values() for x, _ in outputs.values() if h.shape == x.shape]
-        rest = [y for p, (y, _) in given.items() if p not in places.values()]
-        adds = any(torch.equal(y, z) for y in rest for z in sums)  # the caller, not the block
-        due = {at: x.shape for at, (x, _) in tensors(output).items()}
-        other = [(p, id(y)) for p, (y, _) in takes.items() if y.shape in due.values()]
-        # An input of the output's shape that no neighbour has: a long skip, which must stay.
-        merges = any(x not in shared and x[0] not in places.values() for x in other)
-        kept = {} if merges else {p: x for p, (x, _) in tensors(self.kept).items()}
-        stood = {at: kept.get(places.get(at)) for at in due}
-        closed = pytree.tree_map_with_path(lambda at, x: stood.get(at, x), output)
-        if self.skip:
-            closed = self.skip(*self.kept, output)
-        elif isinstance(self.closed, list):
+    with contextlib.ExitStack() as hooks:
+        for module in dict.fromkeys(modules):  # each once, though it be listed twice
+            entry = module.register_forward_pre_hook(on_entry, with_kwargs=True)
+            hooks.callback(entry.remove)
+            exit = module.register_forward_hook(on_exit, with_kwargs=True)
+            hooks.callback(exit.remove)
+        yield
+
+
+# A module's call in the open pass. inputs, output: {place: (tensor, version)}, held
+# here so that `is` can compare them.
+Call = namedtuple("Call", "module inputs output")
+
+
+def tensors(tree):
+    """{place: (tensor, version)}; a version counts how often it was written into."""
+    found = {}
+    for place, x in pytree.tree_leaves_with_path(tree):
+        if torch.is_tensor(x):
+            found[place] = x, 0 if x.is_inference() else x._version
+    return found
+
+
+def shapes(tree):
+    """{place: shape} of the tensors in it."""
+    return {place: x.shape for place, (x, _) in tensors(tree).items()}
+
+
+copies = partial(pytree.tree_map_only, torch.Tensor, torch.clone)
+
+
+def recorded_pass(velocity, inputs, groups):
+    """The open pass: v, and a Call for each time that a block's module ran."""
+    calls = []
+
+    def record(module, inputs, output):
+        calls.append(Call(module, inputs, tensors(output)))
+
+    with hooked(sum(groups, []), tensors, record):
+        v = one_pass(velocity, inputs)
+    ran = {call.module for call in calls}
+    for k, modules in enumerate(groups, 1):
+        if not ran.issuperset(modules):
+            raise ValueError(f"fog_a: block {k} never ran (no ModuleList does)")
+    return v, calls
+
+
+def route(module, calls):
+    """Which input is h_{l-1}, as the open pass shows it: -> {place in the output: place
+    in the inputs}, the place at which the next module received this very output; and
+    whether that one received h + f, where this one took h and returned f: the caller
+    adds."""
+    i = [call.module for call in calls].index(module)
+    own = calls[i]
+    beside = calls[max(0, i - 1) : i] + calls[i + 1 : i + 2]  # before and after it
+    if module is calls[-1].module and i > 0:
+        i = i - 1  # the last one hands on to none: its output goes as that before it
+    giver = calls[i]
+    taker = calls[i : i + 2][-1]
+
+    places = {}
+    for at, (x, version) in giver.output.items():
+        for place, (y, received) in taker.inputs.items():
+            if x is y and version == received:  # nobody wrote into it on the way
+                places[at] = place
+
+    adds = False
+    others = [
+        y for place, (y, _) in taker.inputs.items() if place not in places.values()
+    ]
+    for h, _ in giver.inputs.values():
+        for f, _ in giver.output.values():
+            if h.shape == f.shape and any(torch.equal(y, h + f) for y in others):
+                adds = True
+
+    # An older state, of the output's shape, that no neighbour takes: a U-ViT's long
+    # skip, merged inside. It must stay, and h_{l-1} would leave it out.
+    sizes = [x.shape for x, _ in own.output.values()]
+    for place, (x, _) in own.inputs.items():
+        shared = any(call.inputs.get(place, [None])[0] is x for call in beside)
+        if x.shape in sizes and not shared and place not in places.values():
+            return {}, adds  # no place: `closing` then asks for skip=
+    return places, adds
+
+
+def handed_on(places, inputs, output):
+    """h_{l-1}, in the form of the output; None in place of what no input tells."""
+    came = tensors(inputs)
+    leaves, form = pytree.tree_flatten_with_path(output)
+    closed = []
+    for at, x in leaves:
+        if torch.is_tensor(x):
+            x, _ = came.get(places.get(at), (None, 0))
+        closed.append(x)
+    return pytree.tree_unflatten(closed, form)
+
+
+def closing(k, block, calls, skip):
+    """The hook that says what a module of block k returns when closed."""
+
+    def close(module, inputs, output):
+        places, adds = route(module, calls)
+        answer = "0 * output, as its caller adds h" if adds else "..."
+        if skip:
+            closed = skip(*inputs, output)
+        elif isinstance(block, (list, tuple)):
             closed = pytree.tree_map_only(torch.Tensor, torch.zeros_like, output)
-        wrong = adds and any(x.any() for x, _ in tensors(closed).values())
-        if wrong or not due or due != {at: x.shape for at, (x, _) in tensors(closed).items()}:
-            say = "0 * output, as its caller adds h" if adds else "..."
-            shapes = [list(x.shape) for x, _ in takes.values()]
+        else:
+            closed = handed_on(places, inputs, output)
+        right = shapes(closed) == shapes(output) != {}  # alike, and some tensor at all
+        if adds and any(x.any() for x, _ in tensors(closed).values()):
+            right = False
+        if not right:
+            taken = list(map(list, shapes(inputs).values()))
             raise ValueError(
-                f"fog_a: block {self.number[module]} takes {shapes}: list its branches, "
-                "[[attn, ff], ...], or say what it returns when closed, in the form of its output: "
-                f"skip=lambda args, kwargs, output: {say}"
+                f"fog_a: block {k} takes {taken}: list its branches, [[attn, ff], ...],"
+                " or say what it returns when closed, in the form of its output: "
+                f"skip=lambda args, kwargs, output: {answer}"
             )
         return closed
 
+    return close
 
-# ---- 7. Selection and weights (Eqs. 10, 11) ------------------------------------------------------
+
+# ---- 7. Selection and weights (Eqs. 10, 11) ----------------------------------------
 
 
 def select_layers(scores, k=3):
-    """Eqs. 10, 11: FoG-A scores [L] -> {layer: lambda}, best first, layers counted from 1; lambda
-    is a layer's share of the chosen scores. Raises ValueError where scores can't say which."""
+    """Eqs. 10, 11: FoG-A scores [L] -> {layer: lambda}, best first, layers counted from
+    1; lambda is a layer's share of the chosen scores, and they sum to 1.
+    Raises ValueError where the scores can't say which."""
     scores = torch.as_tensor(scores).detach().cpu().double()
     if scores.dim() != 1 or not 1 <= k <= len(scores) or not scores.isfinite().all():
         raise ValueError(f"can't choose {k} layers from scores {scores.tolist()}")
-    if scores.max() < 1e-4:  # scores are relative to v's norm: this small, they are rounding
-        raise ValueError("no layer contributes yet; adaLN-Zero starts closed: probe for longer")
-    best = scores.argsort(descending=True, stable=True)[:k]  # of ties, the shallower
-    lam = scores[best] / scores[best].sum()
-    return dict(zip((best + 1).tolist(), lam.tolist(), strict=True))
+    if scores.max() < 1e-4:  # scores are relative to v's norm: below, they are rounding
+        raise ValueError("no layer contributes yet (adaLN-Zero): probe for longer")
+    S = scores.argsort(descending=True, stable=True)[:k]  # of ties, the shallower
+    lam = scores[S] / scores[S].sum()
+    layers = S + 1
+    return dict(zip(layers.tolist(), lam.tolist(), strict=True))
 
 
-# ---- 8. Alignment (Eq. 12) -----------------------------------------------------------------------
-# A small head per layer maps the pooled hidden state to the teacher's space; loss: 1 - cosine.
-# Wherever layers are asked for, section 7's dictionary {layer: lambda} will do.
+# ---- 8. Alignment (Eq. 12) ---------------------------------------------------------
+# A small head per layer maps the pooled hidden state to the teacher's space; the loss
+# is 1 - cosine. Wherever layers are asked for, section 7's {layer: lambda} will do.
 
 
 @contextlib.contextmanager
 def capture(blocks, layers, output=None):
     """Hidden states of any model, with gradient, in the forward pass you make anyway:
-    `with capture(model.blocks, layers) as hidden: v = model(...)` -> hidden[9] is what the ninth
-    block returned; output: which one, of several. Raises ValueError where a block gave none."""
-    blocks, hidden = list(blocks), {}
+    `with capture(model.blocks, layers) as hidden: v = model(...)`, then hidden[9] is
+    what the ninth block returned; output: which one, of several. Raises ValueError
+    where a block gave no tensor that trains, or ran twice."""
+    blocks = list(blocks)
+    hidden = {}
 
     def keep(k, block, args, returned):
-        if isinstance(returned, (tuple, list)) and len(returned) == 1:
-            returned = returned[0]
-        x = returned if output is None or torch.is_tensor(returned) else returned[output]
-        if not torch.is_tensor(x):
-            raise ValueError(f"capture: block {k} returns a {type(x).__name__}; say output=1")
         if k in hidden:
-            raise ValueError(f"capture: block {k} ran twice: capture one pass, backward outside")
-        hidden[k] = x.clone()  # its caller may write into x
+            raise ValueError(f"capture: block {k} ran twice: capture one pass")
+        if isinstance(returned, (tuple, list)) and len(returned) == 1:  # Hugging Face's
+            returned = returned[0]
+        if output is not None and not torch.is_tensor(returned):
+            returned = returned[output]
+        if torch.is_tensor(returned):
+            hidden[k] = returned.clone()  # its caller may write into it
 
     with contextlib.ExitStack() as hooks:
         for k in layers:
             if not 1 <= k <= len(blocks):
-                raise ValueError(f"capture: no layer {k} among {len(blocks)}; they count from 1")
-            hooks.callback(blocks[k - 1].register_forward_hook(partial(keep, k)).remove)
+                raise ValueError(
+                    f"capture: no layer {k} among {len(blocks)}, counted from 1"
+                )
+            hook = blocks[k - 1].register_forward_hook(partial(keep, k))
+            hooks.callback(hook.remove)
         yield hidden
     for k in layers:
-        if k not in hidden:
-            why = "dropped, called by .forward(), in a model compiled whole, or a ModuleList?"
-            raise ValueError(f"capture: block {k} never ran: {why}")
-        if torch.is_grad_enabled() and not hidden[k].requires_grad:
-            why = "reentrant checkpointing (use_reentrant=False), torch.func, or frozen?"
-            raise ValueError(f"capture: block {k} has no gradient: {why}")
+        gave = k in hidden and (hidden[k].requires_grad or not torch.is_grad_enabled())
+        if not gave:
+            raise ValueError(
+                f"capture: block {k} never ran or gave no tensor with a gradient. Of "
+                "several outputs name one: output=1. A ModuleList, a block called by "
+                ".forward() or inside a model compiled whole, layer drop, torch.func and "
+                "reentrant checkpointing (use_reentrant=False instead) hide a block."
+            )
 
 
 class AlignmentHeads(nn.ModuleDict):
-    """h_phi_k: a two-layer MLP for each layer. dim: the hidden states' width, or {layer: width}."""
+    """h_phi_k: a two-layer MLP a layer. dim: hidden states' width, or {layer:
+    width}."""
 
     def __init__(self, layers, dim, teacher_dim, width=192):
         super().__init__()
         for k in layers:
-            into = nn.Linear(dim[k] if isinstance(dim, dict) else dim, width)
-            self[str(k)] = nn.Sequential(into, nn.SiLU(), nn.Linear(width, teacher_dim))
+            own = dim[k] if isinstance(dim, dict) else dim
+            self[str(k)] = nn.Sequential(
+                nn.Linear(own, width),
+                nn.SiLU(),
+                nn.Linear(width, teacher_dim),
+            )
 
 
 def agrepa_loss(hidden, heads, T_x, lam, mask=None):
-    """Eq. 12's sum over k of lambda_k (1 - cos(h_phi_k(pool(h_k)), T(x))), for each clip.
+    """Eq. 12's sum over k in S of lambda_k (1 - cos(h_phi_k(pool(h_k)), T(x))) -> [B].
 
-    hidden {k: [B, T, D]}, lam {k: lambda_k}, mask [B, T] true where a frame is real -> [B].
-    T_x [B, teacher_dim]; or [B, n, teacher_dim]: n equal stretches of time, each with its target.
+    hidden {k: [B, T, D]}, lam {k: lambda_k}, mask [B, T], boolean, true where a frame
+    is real. T_x [B, teacher_dim]; or [B, n, teacher_dim]: n equal stretches of time,
+    each with its own target. Raises ValueError for shapes that would broadcast.
     """
-    T_x = T_x.float() if T_x.dim() == 3 else T_x.float()[:, None]
+    if T_x.dim() == 2:
+        T_x = T_x[:, None]  # one stretch
     B, n, _ = T_x.shape
-    stretches = None if mask is None else mask.unflatten(1, (n, -1))  # [B, n, T / n]
-    real = None if mask is None else stretches.any(-1)  # [B, n]
-    loss = torch.zeros(B, device=T_x.device)
+    stretches = real = None
+    if mask is not None:
+        stretches = mask.unflatten(1, (n, -1))  # [B, n, T / n]
+        real = stretches.any(-1)
+    loss = torch.zeros(B, n, device=T_x.device)
     for k in lam:
-        shape = hidden[k].shape
-        if len(shape) != 3 or shape[0] != B or (mask is not None and mask.shape != shape[:2]):
-            raise ValueError(f"agrepa_loss: layer {k} is {list(shape)}, or its mask isn't [B, T]")
-        head, z = heads[str(k)], pool(hidden[k].unflatten(1, (n, -1)), stretches)
-        z = head(z.to(head[0].weight.dtype)).float()  # heads of any precision
-        far = 1 - F.cosine_similarity(z, T_x, dim=-1)  # [B, n]
-        loss = loss + lam[k] * pool(far[..., None], real)[:, 0]  # the mean of real stretches
-    return loss
+        h = hidden[k]
+        if h.dim() != 3 or len(h) != B:
+            raise ValueError(f"agrepa_loss: layer {k} is {list(h.shape)} for {B} clips")
+        head = heads[str(k)]
+        z = pool(h.unflatten(1, (n, -1)), stretches)  # [B, n, D]
+        z = head(z.to(head[0].weight.dtype))
+        cos = F.cosine_similarity(z.float(), T_x, dim=-1)
+        loss = loss + lam[k] * (1 - cos)  # Eq. 12
+    return pool(loss[..., None], real)[:, 0]  # the mean over real stretches
 
 
-# ---- 9. Sampling (App. A) ------------------------------------------------------------------------
+# ---- 9. Sampling (App. A) ----------------------------------------------------------
 
 
 @torch.no_grad()
 def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0):
-    """Noise x0 [B, T, M] -> x1 [B, T, M] in nfe Euler steps. guidance 1 is off, 3 F5-TTS's 2: v_u
-    lacks the tokens, not the reference mel. sway below 0: finer steps near the noise (F5-TTS)."""
+    """Noise x0 [B, T, M] -> x1 [B, T, M] in nfe Euler steps. guidance 1 is off, 3
+    F5-TTS's 2: v_u lacks the tokens, not the reference mel. sway below 0: finer steps
+    near the noise (F5-TTS)."""
     dropped = cond._replace(keep=torch.zeros_like(cond.keep))
-    t = torch.linspace(0, 1, nfe + 1)
-    t = t + sway * (torch.cos(np.pi / 2 * t) - 1 + t)
+    t = torch.linspace(0, 1, nfe + 1, device=x0.device)
+    t = t + sway * (torch.cos(torch.pi / 2 * t) - 1 + t)
     x = x0
-    for now, dt in zip(t.tolist(), t.diff().tolist(), strict=False):
-        at = torch.full((len(x),), now, device=x.device)
+    for now, then in zip(t, t[1:], strict=False):
+        at = now.expand(len(x))
         v_c = model(x, at, cond)
         v_u = v_c if guidance == 1 else model(x, at, dropped)
         v = v_u + guidance * (v_c - v_u)
-        x = x + dt * v
+        x = x + (then - now) * v
     return x
 
 
 def mel_to_wave(mel, vocoder="griffinlim", seed=0):
-    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz: Griffin-Lim, or vocos."""
-    mel = torch.cat([mel, mel[:, -1:]], 1).transpose(1, 2)  # one more frame closes the last hop
+    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz: Griffin-Lim, whose
+    first phases are drawn by seed, or the package vocos. Raises ImportError without
+    it."""
+    mel = torch.cat([mel, mel[:, -1:]], 1).mT  # one more frame closes the last hop
     if vocoder == "vocos":
         from vocos import Vocos
 
         net = Vocos.from_pretrained("charactr/vocos-mel-24khz").to(mel.device)
         return net.decode(mel)[:, : HOP * (mel.shape[2] - 1)]
-    bank = torchaudio.functional.melscale_fbanks(513, 0, RATE / 2, N_MELS, RATE).to(mel)
-    magnitude = (torch.linalg.pinv(bank.T) @ mel.exp()).clamp(min=0)
-    griffin_lim = torchaudio.transforms.GriffinLim(1024, n_iter=64, hop_length=HOP, power=1)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    # 513 bins of frequency: n_fft / 2 + 1
+    linear = torchaudio.transforms.InverseMelScale(513, N_MELS, RATE).to(mel.device)
+    griffin_lim = torchaudio.transforms.GriffinLim(
+        n_fft=1024,
+        n_iter=64,
+        hop_length=HOP,
+        power=1,
+    )
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return griffin_lim.to(mel.device)(magnitude)
+        return griffin_lim.to(mel.device)(linear(mel.exp()))
 
 
-# ---- 10. Data ------------------------------------------------------------------------------------
-# A prepared folder is one domain: memory-mapped rows, one per chunk; a clip is n chunks. A draw
-# depends on (purpose, seed, domain, step, clip) alone: resuming a run changes none.
+# ---- 10. Data ----------------------------------------------------------------------
+# A prepared folder is one domain: memory-mapped rows, one a chunk. A clip is n rows,
+# and a batch is cut from them at once. A draw depends on (purpose, seed, step, rank,
+# domain) alone, so that going on with a run changes none.
+
+TRAINING, FIXED, CHOICE = range(3)  # purposes: no two streams meet
+META = """name teacher units_teacher codebooks units units_id tokens_tell held_out
+teacher_dim teacher_mean mel_mean mel_std"""
 
 
-def clips_of(utterances, n):
-    """utterances [U, 3]: first row, chunks, folder -> rows [R], starts; a clip: rows[start:][:n].
-    A clip lies within one recording; recordings shorter than n are joined within their folder."""
-    first, chunks, folder = utterances.T
-    source = np.where(chunks < n, folder, folder.max(initial=0) + 1 + np.arange(len(chunks)))
-    order = source.argsort(kind="stable")
-    rows = [np.arange(first[u], first[u] + chunks[u]) for u in order]
-    source = source[order].repeat(chunks[order])  # of each row: its recording, or folder
-    starts = np.flatnonzero(source[: max(0, len(source) - n + 1)] == source[n - 1 :])
-    return np.concatenate([np.arange(0), *rows]), starts
+# x0 [B, T, M]: noise. x1 [B, T, M]: log-mel, normalised by the domain's mean and
+# deviation. t [B]. cond: a Condition. teacher [B, n, teacher_dim]: a row a chunk, less
+# the corpus mean.
+Batch = namedtuple("Batch", "x0 x1 t cond teacher")
+
+
+def clip_starts(utterances, held_out, n):
+    """utterances [U, 3]: first row, chunks, folder; the last `held_out` aren't trained
+    on -> {part: rows at which a clip of n rows may begin}. A clip lies within one
+    recording; recordings that are shorter are joined with neighbours as short, in the
+    folder."""
+    _, chunks, folder = utterances.T
+    alone = -1 - np.arange(len(chunks))
+    place = np.where(chunks < n, folder, alone)
+    source = np.cumsum(np.diff(place, prepend=0) != 0).repeat(chunks)  # of each row
+    ends = source[n - 1 :]
+    starts = np.flatnonzero(source[: len(ends)] == ends)
+    split = chunks[: len(chunks) - held_out].sum()
+    return {
+        "training": starts[starts + n <= split],
+        "held out": starts[starts >= split],
+    }
 
 
 class PreparedFolder:
-    """What data_prep.py made, domain number d of a run, to be cut into clips of n chunks."""
+    """What data_prep.py made of a folder of audio, to be cut into clips of so many
+    seconds. domain: its number in the run. Raises ValueError where it isn't whole."""
 
-    def __init__(self, folder, n, d=0, raw_teacher=False):
-        def rows(name, kind, *shape):
-            return np.memmap(Path(folder, name), kind, "r").reshape(-1, *shape)
+    def __init__(self, path, seconds, domain=0, raw_teacher=False):
+        self.n = max(1, round(seconds / CHUNK))  # rows of a clip
+        self.domain = domain
+        try:
+            meta = json.loads(Path(path, "meta.json").read_text())
+            utterances = np.load(f"{path}/utterances.npy")
+            rows = utterances[:, 1].sum()  # reshape raises where a file has others
+            mel = np.memmap(f"{path}/mel.bin", "<f2", "r")
+            tokens = np.memmap(f"{path}/tokens.bin", "<u2", "r")
+            teacher = np.memmap(f"{path}/teacher.bin", "<f2", "r")
+            self.mel = mel.reshape(rows, MEL_FRAMES, N_MELS)
+            self.tokens = tokens.reshape(rows, TEACHER_FRAMES * meta["codebooks"])
+            self.teacher = teacher.reshape(rows, meta["teacher_dim"])
+            lacks = set(META.split()) - meta.keys()
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            lacks = error
+        if lacks:
+            raise ValueError(f"{path} isn't whole, prepare it anew: {lacks!r}")
+        self.meta = meta
+        self.centre = np.float32(0 if raw_teacher else meta["teacher_mean"])
+        self.starts = clip_starts(utterances, meta["held_out"], self.n)
 
-        self.n, self.d, self.meta = n, d, json.loads(Path(folder, "meta.json").read_text())
-        self.mel = rows("mel.bin", "<f2", MEL_FRAMES, N_MELS)
-        self.tokens = rows("tokens.bin", "<u2", TEACHER_FRAMES * self.meta["codebooks"])
-        self.teacher = rows("teacher.bin", "<f2", self.meta["teacher_dim"])  # a chunk's mean
-        self.centre = np.float32(self.meta["teacher_mean"]) * (not raw_teacher)
-        utterances = np.load(Path(folder, "utterances.npy"))
-        train, held = np.split(utterances, [len(utterances) - self.meta["held_out"]])
-        # Layers are chosen on every other held-out utterance; the held-out loss is of the others.
-        parts = {"training": train, "held out": held, "loss": held[::2], "choice": held[1::2]}
-        self.clips = {name: clips_of(part, n) for name, part in parts.items()}
-        if not all(len(starts) for _, starts in self.clips.values()):  # too few: each gets all
-            self.clips |= dict.fromkeys(("loss", "choice"), self.clips["held out"])
+    def batch(self, starts, t, reference, keep, rng, device):
+        """The clips that begin at rows starts [B]; t [B]; reference [B]: which share of
+        a clip's first frames is its reference mel; keep [B] -> Batch."""
 
-    def clip(self, part, where, length, draws, t=0.0, keep=True):
-        """The part's clip at `where`, in [0, 1); its first 0.3 x `length` is the reference."""
-        rows, starts = self.clips[part]
-        if not len(starts):
-            raise ValueError(f"{self.meta['name']} has no clip so long for {part}: lower --seconds")
-        rows = rows[starts[int(where * len(starts))] :][: self.n]
-        x1 = (self.mel[rows].astype(np.float32) - self.meta["mel_mean"]) / self.meta["mel_std"]
-        x1 = x1.reshape(-1, N_MELS)
-        prefix = np.arange(len(x1))[:, None] < int(0.3 * length * len(x1))
-        return {
-            "x0": draws.standard_normal(x1.shape, dtype=np.float32),
-            "x1": x1,
-            "t": np.float32(t),
-            "tokens": self.tokens[rows].astype(np.int64).reshape(-1),
-            "ref": np.where(prefix, x1, np.float32(0)),
-            "keep": keep,
-            "domain": self.d,
-            "teacher": self.teacher[rows].astype(np.float32) - self.centre,
-        }
+        def on(array):  # from pinned memory, so that nobody waits for the GPU
+            x = torch.from_numpy(array)
+            if "cuda" in str(device):
+                x = x.pin_memory()
+            return x.to(device, non_blocking=True)
 
-
-class Batch(NamedTuple):
-    x0: torch.Tensor  # [B, T, M] noise; b clips of each domain, domain after domain
-    x1: torch.Tensor  # [B, T, M] log-mel, normalised by the domain's mean and deviation
-    t: torch.Tensor  # [B]
-    cond: Condition
-    teacher: list  # per domain [b, n, teacher_dim]: features, centred, a row per chunk
-
-    def to(self, device):
-        return pytree.tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), self)
+        rows = starts[:, None] + np.arange(self.n)  # [B, n]
+        B = len(rows)
+        x1 = self.mel[rows].astype(np.float32) - self.meta["mel_mean"]
+        x1 = x1.reshape(B, -1, N_MELS) / self.meta["mel_std"]
+        x0 = rng.standard_normal(x1.shape, np.float32)
+        T = x1.shape[1]
+        prefix = np.arange(T) < np.floor(reference * T)[:, None]  # [B, T]
+        ref = x1 * prefix[:, :, None]
+        tokens = self.tokens[rows].astype(np.int64).reshape(B, -1)
+        teacher = self.teacher[rows].astype(np.float32) - self.centre
+        cond = Condition(
+            on(tokens),
+            on(ref),
+            on(keep),
+            self.domain,
+        )
+        return Batch(
+            on(x0),
+            on(x1),
+            on(np.float32(t)),
+            cond,
+            on(teacher),
+        )
 
 
-def training_batch(data, config, step, rank=0):
-    """The config.batch_size clips of step `step` for process `rank`. data: a folder per domain."""
-    b, clips = config.batch_size // len(data), []
+def training_batches(data, config, step, rank, device):
+    """Step `step`'s batch of each domain, for process `rank`. data: PreparedFolders."""
+    B = config.batch_size // len(data)
+    batches = []
     for folder in data:
-        for i in range(rank * b, rank * b + b):
-            draws = np.random.default_rng((TRAINING, config.seed, folder.d, step, i))
-            where, t, length, keep, keep_ref = draws.random(5)
-            length *= keep_ref >= 0.1  # 10 % lose the reference and, independently, 10 % the tokens
-            clips.append(folder.clip("training", where, length, draws, t, keep >= 0.1))
-    return collate(clips, len(data))
+        draw = TRAINING, config.seed, step, rank, folder.domain
+        rng = np.random.default_rng(draw)
+        starts = rng.choice(folder.starts["training"], B)
+        t = rng.random(B)
+        # 10 % lose the reference and, independently, 10 % the tokens.
+        reference = np.where(rng.random(B) < 0.1, 0, 0.3 * rng.random(B))
+        keep = rng.random(B) >= 0.1
+        batch = folder.batch(
+            starts,
+            t,
+            reference,
+            keep,
+            rng,
+            device,
+        )
+        batches.append(batch)
+    return batches
 
 
-def held_out_batch(data, part, b):
-    """b fixed clips of each domain, the same in every run; times spread by the golden ratio."""
-    clips = []
-    for folder in data:
-        for i in range(b):
-            draws = np.random.default_rng((HELD_OUT, 0, folder.d, 0, i))
-            where, t = (i + draws.random()) / b, (0.5 + i * 0.618034) % 1
-            clips.append(folder.clip(part, where, draws.random(), draws, t))
-    return collate(clips, len(data))
+def fixed_batch(folder, part, B, device, seed=0):
+    """B clips spread evenly over a part, and in t, that drop nothing: always the
+    same."""
+    rng = np.random.default_rng((FIXED, seed, 0, 0, folder.domain))
+    starts = folder.starts[part]
+    if len(starts) == 0:
+        raise ValueError(f"--seconds: {folder.meta['name']} has no {part} clip so long")
+    starts = starts[np.linspace(0, len(starts) - 1, B).astype(int)]
+    t = (rng.permutation(B) + 0.5) / B
+    reference = 0.3 * rng.random(B)
+    return folder.batch(
+        starts,
+        t,
+        reference,
+        t > 0,  # keep all
+        rng,
+        device,
+    )
 
 
-def collate(clips, domains):
-    def stack(name, some=clips):
-        return torch.from_numpy(np.stack([clip[name] for clip in some]))
+# ---- 11. Training (App. A.5: probe, then intervene) --------------------------------
 
-    b, cond = len(clips) // domains, Condition(*map(stack, Condition._fields))
-    teacher = [stack("teacher", clips[d * b : d * b + b]) for d in range(domains)]
-    return Batch(stack("x0"), stack("x1"), stack("t"), cond, teacher)
+SCORES = [  # of a layer, by a probe
+    "foga",
+    "lasp",
+    "gradnorm",
+]
+STRATEGIES = [*SCORES, "random"]  # in the order of choose
+PREPARATION = "teacher units_teacher codebooks units".split()  # of a prepared folder
 
-
-# ---- 11. Training (App. A.5: probe, then intervene) ----------------------------------------------
-
-PROBE_TIMES, PROBE_CLIPS = (0.1, 0.3, 0.5, 0.7, 0.9), 25  # five clips a time
-PROBED = "foga", "lasp", "gradnorm"  # a probe's columns
-STRATEGIES = *PROBED, "random", "none"
-DTYPES, DEVICES = ("auto", "bfloat16", "float32"), ("auto", "cuda", "mps", "cpu")
-
-
-def flag(default, text, **kw):  # one field of Config, one flag
-    return dataclasses.field(default=default, metadata={"help": text, **kw})
+CHOICES = {
+    "align_pool": "clip chunk",
+    "device": "auto cuda mps cpu",
+    "dtype": "auto bfloat16 float32",
+    "vocoder": "griffinlim vocos",
+}
 
 
 @dataclasses.dataclass
 class Config:
-    data: tuple = flag((), "folders of audio, or prepared ones: a domain each", metavar="DIR")
-    out: str = flag("", "run folder (default: runs/<data>-<number>)", metavar="DIR")
-    steps: int = flag(100_000, "training steps, both phases together")
-    batch_size: int = flag(16, "clips a step in each process, shared equally by the domains")
-    seconds: float = flag(4.8, "length of a clip, rounded to chunks of 0.16 s")
-    layers: int = flag(12, "layers of the velocity model (paper: 24)")
-    dim: int = flag(512, "its width (paper: 1024)")
-    heads: int = flag(8, "its attention heads (paper: 16)")
-    dropout: float = flag(0.0, "in the layers (paper: 0.2)")
-    lr: float = flag(1e-4, "of a cosine decay, with a linear warm-up over a tenth of the steps")
-    seed: int = flag(0, "of initialisation, crops, noise and times")
-    teacher: str = flag("HUBERT_BASE", "speech bundle of torchaudio, MFCC, or FILE.py:FUNCTION")
-    units_teacher: str = flag("", "whose k-means units are the tokens (default: the teacher's)")
-    raw_teacher: bool = flag(False, "don't take the corpus mean off the teacher's features")
-    codebooks: int = flag(1, "2: interleave dense acoustic tokens (Eq. 15)", choices=(1, 2))
-    units: int = flag(1024, "k-means units a codebook (paper: 4096)")
-    probe_steps: int = flag(0, "length of phase I (default: 5000, or 15 %% of a shorter run)")
-    probe_every: int = flag(0, "steps between probes (default: 200, or a tenth of phase I)")
-    top_k: int = flag(3, "layers to align")
-    select: str = flag("foga", "foga, lasp, gradnorm, random, none, or layers such as 4,8,12")
-    align_weight: float = flag(1.0, "weight of the alignment loss")
-    align_pool: str = flag("clip", "one target per clip, or per chunk", choices=("clip", "chunk"))
-    align_until: int = flag(0, "stop aligning at this step (default: never)")
-    bit_weight: float = flag(0.5, "lambda_BiT (paper: 0.5 for speech, 1.0 for audio)")
-    device: str = flag("auto", "auto takes the first there is", choices=DEVICES)
-    dtype: str = flag("auto", "auto: bfloat16 where the hardware has it", choices=DTYPES)
-    compile: bool = flag(False, "torch.compile the layers")
-    eval_every: int = flag(200, "steps between log lines, each with the held-out loss")
-    save_every: int = flag(1000, "steps between checkpoints")
-    resume: bool = flag(False, "go on with the run in --out")
+    """A field is a flag, its comment the flag's help."""
 
-    def __post_init__(self):  # settings with defaults filled in
-        self.chunks = max(1, round(min(1e9, self.seconds) / CHUNK))  # inf: check refuses it
-        self.phase1 = self.probe_steps or max(1, min(5000, self.steps * 15 // 100))
-        self.every = self.probe_every or max(1, min(200, self.phase1 // 10))
-        self.until = self.align_until or self.steps
+    data: tuple = ()  # folders of audio, or prepared ones: a domain each
+    out: str = ""  # run folder (default: runs/<names>-<number>); --sample numbers it
+    steps: int = 100_000  # training steps, both phases together
+    batch_size: int = 16  # clips a step in each process, shared by the domains
+    seconds: float = 4.8  # length of a clip, rounded to chunks of 0.16 s
+    layers: int = 12  # layers of the velocity model (paper: 24)
+    dim: int = 512  # its width (paper: 1024)
+    heads: int = 8  # its attention heads (paper: 16)
+    dropout: float = 0.0  # in the layers (paper: 0.2)
+    lr: float = 1e-4  # of a cosine decay; it rises over the first tenth of the steps
+    seed: int = 0  # of initialisation, crops, noise and times
+    teacher: str = "HUBERT_BASE"  # bundle of torchaudio, MFCC, or FILE.py:FUNCTION
+    units_teacher: str = "MFCC"  # whose k-means units are the tokens
+    raw_teacher: bool = False  # don't take the corpus mean off the teacher's features
+    codebooks: int = 1  # 2: interleave dense acoustic tokens (Eq. 15)
+    units: int = 1024  # k-means units a codebook (paper: 4096)
+    probe_steps: int = 0  # length of phase I (default: 5000, or 15 % of a shorter run)
+    probe_every: int = 0  # steps between probes (default: 200, or a tenth of phase I)
+    top_k: int = 3  # layers to align
+    select: str = "foga"  # foga, lasp, gradnorm, random, none, or layers: 4,8,12
+    align_weight: float = 1.0  # weight of the alignment loss
+    align_pool: str = "clip"  # one target per clip, or per chunk
+    bit_weight: float = 0.5  # lambda_BiT (paper: 0.5 for speech, 1.0 for audio)
+    device: str = "auto"  # cuda, mps or cpu; auto: the first there is
+    dtype: str = "auto"  # bfloat16 or float32; auto: bfloat16 where it is fast
+    compile: bool = False  # torch.compile the layers
+    eval_every: int = 200  # steps between log lines, each with the held-out loss
+    save_every: int = 500  # steps between checkpoints: as many can be lost
+    resume: str = ""  # go on with the run in this folder, in as many processes
+    sample: str = ""  # resynthesise held-out clips by this checkpoint
+    count: int = 8  # pairs of sounds a domain, at a run's end or with --sample
+    nfe: int = 32  # Euler steps of a sound
+    guidance: float = 3.0  # 1 is off, better after short runs
+    sway: float = -1.0  # below 0: finer steps near the noise
+    vocoder: str = "griffinlim"  # vocos: if it is installed
+
+    @property
+    def phase1(self):
+        return self.probe_steps or min(5000, 1 + self.steps * 15 // 100)
 
 
 def check(config):
-    """Raises ValueError, with the value and what to do, for settings that can't be run."""
-
-    def require(good, name, why):
-        if not good:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} {why}")
-
-    for f in dataclasses.fields(config):
-        if isinstance(f.default, (int, float)):
-            least = 0 if not f.default or "weight" in f.name else 1e-9  # others can't be 0
-            require(least <= getattr(config, f.name) < np.inf, f.name, "is out of range")
-    L, domains = config.layers, max(1, len(config.data))
-    layers = {int(k) for k in config.select.split(",") if k.isdecimal()} & {*range(1, L + 1)}
-    known = config.select in STRATEGIES or len(layers) == config.select.count(",") + 1
-    require(known, "select", f"is not {', '.join(STRATEGIES)}, or layers from 1 to {L}: 4,8,12")
-    require(config.top_k <= L, "top_k", f"but the model has {L} layers")
-    require(config.dim % (2 * config.heads) == 0, "dim", "must be a multiple of 2 x --heads")
-    require(config.phase1 < config.steps, "steps", f"must be more than phase I's {config.phase1}")
-    require(config.phase1 < config.until, "align_until", f"is in phase I, {config.phase1} steps")
-    require(config.batch_size % domains == 0, "batch_size", f"can't be shared by {domains} domains")
+    """Raises ValueError, with the flag and its value, for a setting that can't be
+    run."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = f"--{field.name.replace('_', '-')} {value}"
+        if field.type in (int, float):
+            least = min(field.default, 1e-9)  # 0 where that is the default; sway: -1
+            if field.name in ("align_weight", "bit_weight", "guidance"):
+                least = 0
+            if not least <= value < 1e12:
+                raise ValueError(f"{flag} is out of range")
+    L = config.layers
+    numbers = map(str, range(1, L + 1))
+    listed = set(config.select.split(",")) <= set(numbers)
+    if not listed and config.select not in (*STRATEGIES, "none"):
+        raise ValueError(
+            f"--select {config.select} is not {', '.join(STRATEGIES)}, none, or layers "
+            f"from 1 to {L}: 4,8,12"
+        )
+    if config.top_k > L:
+        raise ValueError(f"--top-k {config.top_k} but the model has {L} layers")
+    if config.dim % (2 * config.heads) > 0:
+        raise ValueError(f"--dim {config.dim} is no multiple of 2 x --heads")
+    if config.phase1 >= config.steps:
+        raise ValueError(f"--steps {config.steps}: phase I has {config.phase1} already")
+    if config.vocoder == "vocos" and not find_spec("vocos"):
+        raise ValueError("--vocoder vocos: pip install vocos")
 
 
 def launch(config):
-    """-> rank, world (how many processes), device, and what opens the autocast context."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    rank = int(os.environ["RANK"]) if world > 1 else 0
+    """-> device, and the context in which matrices are multiplied as --dtype says."""
     best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     device = best if config.device == "auto" else torch.device(config.device)
     if device.type not in ("cpu", best.type):
         raise ValueError(f"--device {device}: there is none")
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    cuda = partial(torch.cuda.is_bf16_supported, including_emulation=False)
-    fast = {"cuda": cuda, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type, bool)
-    low = config.dtype == "bfloat16" or (config.dtype == "auto" and fast())
-    return rank, world, device, partial(torch.autocast, device.type, torch.bfloat16, enabled=low)
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and fast)
+    return device, torch.autocast(device.type, torch.bfloat16, low)
 
 
 class Objective(nn.Module):
-    """All that trains: velocity model, a BiT-C head per domain, alignment heads (phase II)."""
+    """All that trains: the velocity model, a BiT-C head a domain and alignment heads,
+    which stay as they are until phase II asks for some. Beside them the moving average
+    of the model, which is judged and sampled from."""
 
     def __init__(self, config, metas):
         super().__init__()
-        self.config, self.metas = config, metas
+        self.config = config
         vocab = [meta["units"] * meta["codebooks"] for meta in metas]
-        self.model = VelocityModel(config.layers, config.dim, config.heads, config.dropout, vocab)
-        self.bitc = nn.ModuleList(BiTC(config.dim, meta["teacher_dim"]) for meta in metas)
-        self.heads, self.lam, self.aligning = nn.ModuleList(), [], None  # None: not wrapped yet
+        self.model = VelocityModel(
+            config.layers,
+            config.dim,
+            config.heads,
+            config.dropout,
+            vocab,
+        )
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.bitc = nn.ModuleList()
+        self.heads = nn.ModuleList()
+        for meta in metas:
+            dims = config.dim, meta["teacher_dim"]
+            self.bitc.append(BiTC(*dims))
+            self.heads.append(AlignmentHeads(range(1, config.layers + 1), *dims))
+        self.align([{} for _ in metas])
 
-    def add_heads(self, lam):
-        """lam: each domain's {layer: lambda}."""
-        torch.manual_seed(self.config.seed + 1)  # alike in the moving average and every process
-        self.lam, self.aligning = lam, None if self.training else True  # the average's stays on
-        for chosen, meta in zip(lam, self.metas, strict=True):
-            self.heads.append(AlignmentHeads(chosen, self.config.dim, meta["teacher_dim"]))
-        self.heads.to(self.model.null.device).requires_grad_(False)  # until it aligns
+    def align(self, lam):
+        """lam: {layer: lambda} of each domain; empty in phase I."""
+        self.lam = lam
+        self.heads.requires_grad_(False)
+        for heads, layers in zip(self.heads, lam, strict=True):
+            for k in layers:
+                heads[str(k)].requires_grad_(True)
 
-    def forward(self, batch):
-        """The terms of Eq. 12: L_FM, L_BiT and alignment, each a scalar."""
-        b, e = len(batch.x1) // len(self.bitc), self.model.embed(batch.cond)
-        x_t, u = flow_path(batch.x0, batch.x1, batch.t)
-        aligned = {k for lam in self.lam for k in lam} if self.aligning else ()
-        with capture(self.model.layers, aligned) as hidden:
-            v = self.model(x_t, batch.t, batch.cond, e)
-        fm = flow_matching_loss(v, u).mean()
-        bitc = align = torch.zeros((), device=v.device)
-        for d, teacher in enumerate(batch.teacher):
-            own = slice(d * b, d * b + b)
-            bitc = bitc + bitc_loss(self.bitc[d](e[own], pool(teacher)), batch.cond.keep[own])
-            if aligned:
-                T_x = pool(teacher) if self.config.align_pool == "clip" else teacher
-                h = {k: hidden[k][own] for k in self.lam[d]}
-                loss = agrepa_loss(h, self.heads[d], T_x, self.lam[d])
-                align = align + loss.mean() / len(self.bitc)  # of all clips; Eq. 5 sums domains
-        return fm, bitc, align
+    def forward(self, batches, averaged=False):
+        """A Batch a domain -> the terms of Eq. 12: L_FM, L_BiT, alignment; scalars."""
+        model = self.average if averaged else self.model
+        fm = bitc = align = 0
+        for d, batch in enumerate(batches):
+            x_t, u = flow_path(batch.x0, batch.x1, batch.t)
+            with capture(model.layers, self.lam[d]) as hidden:
+                v = model(x_t, batch.t, batch.cond)
+            T_x = pool(batch.teacher)
+            s = self.bitc[d](model.embed(batch.cond), T_x)
+            if self.config.align_pool == "chunk":
+                T_x = batch.teacher
+            loss = agrepa_loss(hidden, self.heads[d], T_x, self.lam[d])
+            fm = fm + flow_matching_loss(v, u).mean()
+            bitc = bitc + bitc_loss(s, batch.cond.keep)
+            align = align + loss.mean()
+        n = len(batches)
+        return fm / n, bitc, align / n  # Eq. 5 sums over domains
 
 
-def update(objective, ema, optimiser, step):
-    """One step of AdamW, unless a gradient isn't finite, and of the moving average."""
-    heads = [p for p in objective.heads.parameters() if p.grad is not None]
-    others = [*objective.model.parameters(), *objective.bitc.parameters()]
-    # In one norm the heads' gradients would shrink the model's step.
-    norms = [nn.utils.clip_grad_norm_(part, 1.0) for part in (others, heads) if part]
-    steps, peak = objective.config.steps, objective.config.lr
-    rise, fall = 10 * (step + 1) / steps, 0.5 + 0.5 * np.cos(np.pi * step / steps)
+def distributed(objective):
+    """The objective as it is called in training, by one process or several."""
+    if dist.is_initialized():
+        return nn.parallel.DistributedDataParallel(objective)
+    return objective
+
+
+def update(objective, optimiser, step):
+    """One step of AdamW, and of the model's moving average."""
+    config = objective.config
+    rise = 10 * (step + 1) / config.steps
+    fall = 0.5 + 0.5 * np.cos(np.pi * step / config.steps)
     for group in optimiser.param_groups:
-        group["lr"] = float(peak * min(rise, fall))
-    if torch.stack(norms).isfinite().all():
-        optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+        group["lr"] = float(config.lr * min(rise, fall))
+        # In one norm the heads' gradients would shrink the model's step.
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
     decay = min(0.9999, (1 + step) / (10 + step))
     with torch.no_grad():
-        torch._foreach_lerp_([*ema.parameters()], [*objective.parameters()], 1 - decay)
+        average = list(objective.average.parameters())
+        torch._foreach_lerp_(average, list(objective.model.parameters()), 1 - decay)
 
 
-def probe(model, bitc, batch):
-    """What each layer stores and contributes, the mean over PROBE_TIMES, each on its own clips of a
-    domain's batch. In float32: scores are differences of close numbers. -> PROBED of each layer."""
-    L, found = len(model.layers), []
+def probe(objective, batches):
+    """SCORES of each layer, [domains][L][3]. In float32: FoG-A's are
+    differences of close numbers. The batches' times are spread over [0, 1]."""
+    model = objective.model
     model.eval()
-    for i, now in enumerate(PROBE_TIMES):
-        clips = pytree.tree_map(lambda x, i=i: x[i :: len(PROBE_TIMES)], batch)
-        t = torch.full_like(clips.t, now)
-        x_t, u = flow_path(clips.x0, clips.x1, t)
-        foga = fog_a(model, model.layers, x_t, t, clips.cond).mean(1)
+    found = []
+    for bitc, batch in zip(objective.bitc, batches, strict=True):
+        x_t, u = flow_path(batch.x0, batch.x1, batch.t)
+        foga = fog_a(model, model.layers, x_t, batch.t, batch.cond).mean(1)
+        L = len(foga)
         with capture(model.layers, range(1, L + 1)) as hidden:
-            v = model(x_t, t, clips.cond)
-        store = lasp(hidden, bitc, pool(clips.teacher[0])).mean(1)
-        grads = torch.autograd.grad(flow_matching_loss(v, u).mean(), [*model.layers.parameters()])
-        norms = torch.stack([g.norm() for g in grads]).view(L, -1).norm(dim=1)  # of L_FM
-        found.append(torch.stack([foga, store, norms], 1))
+            v = model(x_t, batch.t, batch.cond)
+        store = lasp(hidden, bitc, pool(batch.teacher)).mean(1)
+        loss = flow_matching_loss(v, u).mean()
+        gradients = torch.autograd.grad(loss, list(model.layers.parameters()))
+        # All layers have as many parameters: [L, parameters], a norm a layer.
+        norms = torch.stack(torch._foreach_norm(gradients)).view(L, -1).norm(dim=1)
+        found.append(torch.stack([foga, store, norms], 1).tolist())
     model.train()
-    return torch.stack(found).mean(0).tolist()
+    return found
 
 
-def choose(config, scores, d):
-    """Eqs. 10, 11 for domain d, or another strategy with equal weights -> {layer: lambda}."""
+def top(scores, k):
+    """The k layers of the highest scores [L], counted from 1."""
+    order = np.argsort(-scores, kind="stable")
+    return (order[:k] + 1).tolist()
+
+
+def choose(config, scores, domain):
+    """Eqs. 10, 11, or another strategy with equal weights: scores [L, 3] -> {layer:
+    lambda}."""
+    K = config.top_k
     if config.select == "foga":
-        return select_layers(scores["foga"], config.top_k)
-    if config.select not in STRATEGIES:
-        layers = [int(k) for k in config.select.split(",")]
+        return select_layers(scores[:, 0], K)
+    rng = np.random.default_rng((CHOICE, config.seed, 0, 0, domain))
+    columns = [*scores.T, rng.random(len(scores))]
+    if config.select in STRATEGIES:
+        layers = top(columns[STRATEGIES.index(config.select)], K)
     else:
-        lots = np.random.default_rng((CHOICE, config.seed, d, 0, 0)).random(config.layers)
-        score = {**scores, "random": lots, "none": []}[config.select]
-        layers = (np.argsort(-np.array(score), kind="stable")[: config.top_k] + 1).tolist()
+        # 4,8,12; of "none", none
+        layers = {int(k) for k in config.select.split(",") if k.isdecimal()}
     return {k: 1 / len(layers) for k in layers}
 
 
 def report(config, name, lam, scores, early):
-    """Prints scores, the choice, and how sure it is. early: FoG-A of earlier probes [probes, L]."""
-    print(f"\n{name}: mean of the late probes\nlayer   FoG-A    LASP  grad norm  lambda")
-    for k, row in enumerate(zip(*scores.values(), strict=True), 1):
-        chosen = f"  {lam[k]:6.3f}  chosen" if k in lam else ""
-        print("{:5d}  {:6.4f}  {:6.3f}  {:9.4f}".format(k, *row) + chosen)
-    K, foga = config.top_k, sorted(scores["foga"], reverse=True)
-    if config.select == "foga" and len(early) and K < len(foga):
-        common = len(lam.keys() & {*(np.argsort(early[-1])[-K:] + 1).tolist()})
-        print(f"margin: layer {[*lam][-1]} is {foga[K - 1] / foga[K] - 1:.1%} above the next")
-        moving = "; the ranking is still moving: try more --probe-steps" * (common < K)
-        print(f"{common} of these {K} layers led at half of phase I, too{moving}")
+    """Prints scores [L, 3], the choice, and how sure it is. early: of earlier
+    probes."""
+    print(f"\n{name}: mean of the late probes")
+    print("layer   FoG-A    LASP  grad norm  lambda")
+    for k, (foga, store, norm) in enumerate(scores, 1):
+        chosen = f"{lam[k]:6.3f}  chosen" if k in lam else ""
+        print(f"{k:5d}  {foga:6.4f}  {store:6.3f}  {norm:9.4f}  {chosen}")
+    K = config.top_k
+    if config.select == "foga" and len(early) and K < len(scores):
+        best = sorted(scores[:, 0], reverse=True)
+        above = f"{best[K - 1] / best[K] - 1:.1%} above the next"
+        print(f"margin: layer {list(lam)[-1]} is {above}")
+        common = len(set(top(early[-1][:, 0], K)) & set(lam))
+        print(f"{common} of these {K} layers led at half of phase I, too")
+        if common < K:
+            print("the ranking is still moving: try more --probe-steps")
 
 
-def end_phase1(config, names, probes):
-    """Chooses on the mean of its second half's probes -> each domain's {layer: lambda}."""
-    found, entries = [], {}
+def end_phase1(config, names, probes, out):
+    """Chooses each domain's layers on the mean of the second half of the probes; says
+    and writes why. probes: {step: [domains][L][3]} -> {layer: lambda} of each
+    domain."""
+    lines = ["step,domain,layer,foga,lasp,gradnorm"]
+    for step, domains in probes.items():
+        for name, layers in zip(names, domains, strict=True):
+            for k, (foga, store, norm) in enumerate(layers, 1):
+                lines.append(f'{step},"{name}",{k},{foga},{store},{norm}')
+    Path(out, "probe.csv").write_text("\n".join(lines))
+    early, late = np.split(np.array(list(probes.values())), [len(probes) // 2])
+    found = []
+    entries = {}
     for d, name in enumerate(names):
-        rows = np.array([[row[0], *row[3:]] for row in probes if row[1] == name])
-        rows = rows.reshape(-1, config.layers, 4)  # [probes, L, step and scores]
-        late = rows[:, 0, 0] > config.phase1 / 2
-        scores = dict(zip(PROBED, rows[late].mean(0)[:, 1:].T.tolist(), strict=True))
-        found.append(choose(config, scores, d))
-        report(config, name, found[d], scores, rows[~late][:, :, 1])
-        entries[name] = {"layers": [*found[d]], "weights": [*found[d].values()], **scores}
-    Path(config.out, "layers.json").write_text(json.dumps(entries, indent=1))
-    with open(Path(config.out, "probe.csv"), "w", newline="") as file:
-        csv.writer(file).writerows([["step", "domain", "layer", *PROBED], *probes])
+        scores = late[:, d].mean(0)
+        lam = choose(config, scores, d)
+        report(config, name, lam, scores, early[:, d])
+        entries[name] = {"layers": list(lam), "weights": list(lam.values())}
+        entries[name].update(zip(SCORES, scores.T.tolist(), strict=True))
+        found.append(lam)
+    Path(out, "layers.json").write_text(json.dumps(entries, indent=1))
     return found
 
 
-@torch.no_grad()
-def log_line(ema, log, step, sums, lr, seconds, held_out, autocast):
-    """Another line of log.csv and of the screen. sums: of fm, bitc, align, steps, aligned steps."""
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    fm, bitc, align, steps, aligned = sums.tolist()
-    sums.zero_()
-    with autocast():
-        val_fm, _, val_align = ema(held_out)
-    row = {"step": step, "phase": 1 + (step > ema.config.phase1), "fm": fm / max(1, steps)}
-    row |= {"bitc": bitc / max(1, steps), "align": align / max(1, aligned), "lr": lr}
-    row |= {"val_fm": val_fm.item(), "val_align": val_align.item(), "seconds": seconds}
-    log.append(row)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with open(Path(ema.config.out, "log.csv"), "w", newline="") as file:
-            csv.writer(file).writerows([row, *(line.values() for line in log)])
-        left = f"{seconds * (ema.config.steps / step - 1) / 60:.0f} min left" if step else ""
-        print(*(f"{k} {x:<8.5g}" for k, x in row.items()), left, flush=True)
+def load(path):
+    """A checkpoint, and its objective with the averaged weights. Raises ValueError
+    where it is none of this program's."""
+    try:
+        state = torch.load(path, "cpu", weights_only=True)
+        objective = Objective(Config(**state["config"]), state["metas"])
+        objective.load_state_dict(state["objective"])
+        assert {"step", "lam", "probes", "log", "optimiser"} <= state.keys()
+    except Exception as error:  # a foreign file may be anything
+        raise ValueError(f"{path}: no checkpoint of agrepa.py: {error!r:.50}") from None
+    return state, objective
 
 
-def begin_phase2(objective, ema, optimiser, lam):
-    if dist.is_initialized():
-        dist.broadcast_object_list(lam)
-    for part in (objective, ema):
-        part.add_heads(lam)
-    optimiser.add_param_group({"params": [*objective.heads.parameters()]})
+def begin(config, names, metas):
+    """Makes a new run's folder, and says what is to come."""
+    out = config.out or new_folder(f"runs/{'+'.join(names)}")
+    os.makedirs(out, exist_ok=not config.out)
+    for meta in metas:
+        tell = meta["tokens_tell"]
+        print(f"{meta['name']}: tokens tell {tell:.2f} of a chunk's T(x) (cosine)")
+        if tell > 0.6:
+            print("  so alignment can add little: try another --units-teacher")
+    print(f"{out}: phase I to step {config.phase1}; if stopped, --resume {out}")
+    return out
 
 
-def build(config, metas, device, state):
-    """-> what training changes, by name; as it is in `state`, if there is a checkpoint."""
+def train(config, out=None, state=None):  # noqa: C901
+    """One run in two phases -> its folder, which process 0 makes and writes. state: the
+    checkpoint in `out` to go on from. Raises ValueError for data that it can't be
+    trained on, and where the loss is no longer finite."""
+    device, cast = launch(config)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    data = [
+        PreparedFolder(path, config.seconds, d, config.raw_teacher)
+        for d, path in enumerate(config.data)
+    ]
+    metas = [folder.meta for folder in data]
+    names = [meta["name"] for meta in metas]
+    if len(set(names)) < len(names):
+        raise ValueError("--data: two domains of one name: data_prep.py takes --name")
+    held_out = [fixed_batch(folder, "held out", 16, device) for folder in data]
+    probed = [fixed_batch(folder, "training", 12, device) for folder in data]
     torch.manual_seed(config.seed)
     objective = Objective(config, metas).to(device)
-    ema = copy.deepcopy(objective).requires_grad_(False).eval()  # a moving average
-    for layer in objective.model.layers if config.compile else ():
-        layer.forward = torch.compile(layer.forward)  # not the module: hooks stay outside
-    optimiser = torch.optim.AdamW(objective.parameters(), lr=0.0, weight_decay=0.1, fused=True)
-    parts = {"objective": objective, "ema": ema, "optimiser": optimiser}
-    if state and state["lam"]:
-        begin_phase2(*parts.values(), state["lam"])
-    for name, part in parts.items() if state else ():
-        part.load_state_dict(state[name])
-    return parts
-
-
-def end_on_signals(stop):
-    """Signals fill the list `stop`, so that a step can end first; not those that nohup ignores."""
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: stop.append(1))
-
-
-def train(config, state=None):
-    """One run, two phases; what it writes stands in config.out. state: a checkpoint to go on from.
-    However it ends, the step that it reached is saved."""
-    rank, world, device, autocast = launch(config)
-    folders, out, stop = enumerate(config.data), Path(config.out), []
-    data = [PreparedFolder(path, config.chunks, d, config.raw_teacher) for d, path in folders]
-    metas, names = [folder.meta for folder in data], [folder.meta["name"] for folder in data]
-    held_out = held_out_batch(data, "loss", 16).to(device)
-    choice = [held_out_batch([x], "choice", PROBE_CLIPS).to(device) for x in data]
-    parts = build(config, metas, device, state)
-    objective, ema, optimiser = parts.values()
-    state = state or {"step": 0, "probes": [], "log": [], "sums": torch.zeros(5)}
-    step, probes, log, sums = (state[k] for k in ("step", "probes", "log", "sums"))
-    sums = sums.to(device)
-    began = time.time() - (log[-1]["seconds"] if log else 0)
-
-    def write_log():
-        lr, seconds = optimiser.param_groups[0]["lr"], time.time() - began
-        log_line(ema, log, step, sums, lr, seconds, held_out, autocast)
-
-    def save():
-        saved = {name: part.state_dict() for name, part in parts.items()}
-        saved |= {"step": step, "probes": probes, "log": log, "sums": sums, "lam": objective.lam}
-        saved |= {"config": dataclasses.asdict(config), "metas": metas, "world": world}
+    # The average is among them, and stays as it is: it has no gradients.
+    groups = [{"params": list(part.parameters())} for part in objective.children()]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.1, fused=True)
+    if state:
+        if state["metas"] != metas:
+            raise ValueError(f"--resume {out}: the data are others than the run's")
+        objective.align(state["lam"])
+        objective.load_state_dict(state["objective"])
+        optimiser.load_state_dict(state["optimiser"])
+    else:
+        state = {"step": 0, "probes": {}, "log": {}}
         if rank == 0:
-            torch.save(saved, out / "last.pt.part")
-            os.replace(out / "last.pt.part", out / "last.pt")  # a whole one is there at any moment
+            out = begin(config, names, metas)
+    if config.compile:
+        for layer in objective.model.layers:  # not the module: hooks stay outside
+            layer.forward = torch.compile(layer.forward)
+    model = distributed(objective)
+    log = state["log"]
+    every = config.probe_every or min(200, 1 + config.phase1 // 10)
+    sums = torch.zeros(3, device=device)  # of training losses, since the last log line
 
-    if not log:  # a new run, and all its settings have passed
-        out.mkdir(parents=True, exist_ok=world > 1)
-        write_log()
-        save()
-    add_up = dist.all_reduce if world > 1 else (lambda x: x)
-    make = partial(training_batch, data, config, rank=rank)
-    ahead = {"num_workers": 4, "pin_memory": True} if device.type == "cuda" else {}
-    steps = range(step, config.steps)
-    batches = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, **ahead)
-    end_on_signals(stop)
-    try:
-        for batch in batches:
-            # Phase I probes now and then, and ends with the choice of layers.
-            ends = step == config.phase1
-            due = 0 < step <= config.phase1 and (step % config.every == 0 or ends)
-            if due and step not in [row[0] for row in probes]:
-                probes += [  # all domains or none, should an error end the run here
-                    [step, name, k, *scores]
-                    for name, head, clips in zip(names, objective.bitc, choice, strict=True)
-                    for k, scores in enumerate(probe(objective.model, head, clips), 1)
-                ]
-            if ends and not objective.lam:  # else it was resumed after the choice
-                lam = end_phase1(config, names, probes) if rank == 0 else [None] * len(data)
-                begin_phase2(objective, ema, optimiser, lam)
+    # step: how many updates are done. The last turn only logs and saves.
+    for step in range(state["step"], config.steps + 1):
+        saves = step % config.save_every == 0 or step == config.steps
+        logs = saves or step % config.eval_every == 0 or step == config.phase1
+        if rank == 0 and logs and step not in log:  # after --resume it is there
+            fm, bitc, align = sums / max(1, step - max(log, default=0))
+            with torch.no_grad(), cast:
+                val_fm, _, val_align = objective(held_out, averaged=True)
+            if not val_fm.isfinite():
+                raise ValueError(f"step {step}: not finite: {out}: lower --lr")
+            log[step] = (
+                f"{step},{fm:.6g},{bitc:.6g},{align:.6g},{val_fm:.6g},{val_align:.6g}"
+            )
+            Path(out, "log.csv").write_text(
+                "\n".join(["step,fm,bitc,align,val_fm,val_align", *log.values()])
+            )
+            print(
+                f"step {step}  fm {fm:.4f}  bitc {bitc:.4f}  align {align:.4f}  "
+                f"held out: fm {val_fm:.4f}  align {val_align:.4f}",
+                flush=True,
+            )
+            sums.zero_()
+            if saves:
+                state["step"] = step
+                state["config"] = vars(config)
+                state["metas"] = metas
+                state["lam"] = objective.lam
+                state["objective"] = objective.state_dict()
+                state["optimiser"] = optimiser.state_dict()
+                torch.save(state, f"{out}/last.pt.part")  # a whole one is always there
+                os.replace(f"{out}/last.pt.part", f"{out}/last.pt")
+        if step == config.steps:
+            if rank > 0:
+                sums.cpu()  # waits for this process's part in the last step
+                os._exit(0)  # gloo's threads would abort a slow interpreter
+            return out
 
-            aligning = config.phase1 <= step < config.until
-            if objective.aligning != aligning:
-                objective.aligning = aligning  # what trains has changed: wrap anew
-                objective.heads.requires_grad_(aligning)
-                model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-            torch.manual_seed(hash((config.seed, step, rank)) % 2**32)  # dropout's
+        # Phase I: probe now and then; at its end, choose the layers to align.
+        if 0 < step <= config.phase1 and (step % every == 0 or step == config.phase1):
+            state["probes"][step] = probe(objective, probed)
+        torch.manual_seed(config.seed + 1000 * step + rank)  # dropout's
+        if step == config.phase1:
+            lam = [None] * len(data)
+            if rank == 0:
+                lam = end_phase1(config, names, state["probes"], out)
+            if dist.is_initialized():
+                dist.broadcast_object_list(lam)
+            objective.align(lam)
+            model = distributed(objective)
 
-            # Phase I, before there are heads: L_FM + lambda_BiT L_BiT. Phase II: Eq. 12.
-            with autocast():
-                fm, bitc, align = model(batch.to(device))
-                loss = fm + config.bit_weight * bitc + config.align_weight * align
-            loss.backward()
-            update(objective, ema, optimiser, step)
-            step += 1
-            sums += torch.stack([fm, bitc, align, 0 * fm + 1, 0 * fm + aligning]).detach()
-            if step % config.eval_every == 0 or step in (config.phase1, config.steps):
-                write_log()
-            if step % config.save_every == 0:
-                save()
-            told = torch.tensor(len(stop))  # a CPU tensor: to read it never waits for the GPU
-            add_up(told)  # of all processes, which must leave after the same step
-            if told:
-                break
-    finally:
-        save()
+        # L_FM + lambda_BiT L_BiT in phase I, when no layer is aligned; then Eq. 12.
+        batches = training_batches(data, config, step, rank, device)
+        with cast:
+            fm, bitc, align = model(batches)
+            loss = fm + config.bit_weight * bitc + config.align_weight * align
+        loss.backward()
+        update(objective, optimiser, step)
+        sums += torch.stack([fm, bitc, align]).detach()  # nothing waits for the GPU
 
 
-# ---- 12. Sound and pictures (Fig. 1) -------------------------------------------------------------
+# ---- 12. Sound ---------------------------------------------------------------------
 
 
-def write_samples(state, out, given):
-    """Resynthesises held-out clips. All after their first 30 % goes to out/<domain>/real, generated
-    and again (real, by another Griffin-Lim seed: a floor). -> {domain: its first clip's mels}."""
-    own = {k: given[k] for k in ("data", "seconds", "device", "dtype") if k in given}
-    config = Config(**{**state["config"], "device": "auto", **own})
-    *_, device, autocast = launch(config)
-    objective = Objective(config, state["metas"]).to(device).eval()
-    objective.add_heads(state["lam"] or [{} for _ in state["metas"]])
-    objective.load_state_dict(state["ema"])
-    guidance = 3.0 if state["step"] >= 10_000 else 1.0  # 3 overdrives the mel of short runs
-    how = {"nfe": 32, "guidance": guidance, "sway": -1.0}
-    how |= {k: given[k] for k in how.keys() & given.keys()}
-    pairs, units = {}, [meta["units_id"] for meta in state["metas"]]
-    for path in config.data:
-        meta, began = json.loads(Path(path, "meta.json").read_text()), time.time()
-        _, chunks, place = np.load(Path(path, "utterances.npy"))[-meta["held_out"] :].T
-        n = min(config.chunks, np.bincount(place, chunks).max().astype(int))  # all may be short
+def write_samples(path, given, out=None):
+    """Resynthesises held-out clips of a run's domains, or of given["data"], from their
+    tokens and reference mel; what comes after their first 30 % goes to
+    out/<domain>/real and generated, as WAV. path: a checkpoint; given: flags."""
+    state, objective = load(path)
+    config = Config(**{**state["config"], "seed": 0, **given})
+    check(config)
+    device, cast = launch(config)
+    model = objective.average.to(device)
+    units = [meta["units_id"] for meta in state["metas"]]
+    for data in config.data:
+        folder = PreparedFolder(data, config.seconds)
+        meta = folder.meta
         if meta["units_id"] not in units:
-            raise ValueError(f"{path} is in other tokens than the run's: prepare it with --like")
-        folder = PreparedFolder(path, n, units.index(meta["units_id"]))
-        count = min(given.get("count", 8), -(-len(folder.clips["held out"][1]) // folder.n))
-        for i in range(count):
-            draws = np.random.default_rng((SAMPLING, given.get("seed", 0), folder.d, 0, i))
-            clip = folder.clip("held out", (i + 0.5) / count, 1, draws)
-            batch = collate([clip], 1).to(device)
-            with autocast():
-                made = sample(objective.model, batch.cond, batch.x0, **how)
-            mel = torch.cat([batch.x1, made, batch.x1]) * meta["mel_std"] + meta["mel_mean"]
+            raise ValueError(f"{data} has other tokens than the run: use --like")
+        folder.domain = units.index(meta["units_id"])
+        batch = fixed_batch(folder, "held out", config.count, device, config.seed)
+        with cast:
+            made = sample(
+                model,
+                batch.cond,
+                batch.x0,
+                config.nfe,
+                config.guidance,
+                config.sway,
+            )
+        for kind, x in ("real", batch.x1), ("generated", made):
+            mel = x * meta["mel_std"] + meta["mel_mean"]
             mel = mel[:, int(0.3 * mel.shape[1]) :]
-            pairs.setdefault(meta["name"], mel.cpu())
-            for kind, x, seed in zip(("real", "generated", "again"), mel, (0, 0, 1), strict=True):
-                wave = mel_to_wave(x[None], given.get("vocoder"), seed)[0].cpu()
-                file = out / meta["name"] / kind / f"{i:03}.wav"
-                file.parent.mkdir(parents=True, exist_ok=True)
+            waves = mel_to_wave(mel, config.vocoder).cpu()
+            out = out or new_folder(given.get("out", f"{Path(path).parent}/samples"))
+            os.makedirs(f"{out}/{meta['name']}/{kind}", exist_ok=True)
+            for i, wave in enumerate(waves):
+                file = f"{out}/{meta['name']}/{kind}/{i:03}.wav"
                 soundfile.write(file, wave / wave.abs().max().clamp(min=1), RATE)
-            left = (time.time() - began) / (i + 1) * (count - i - 1)
-            print(f"{file}: {i + 1} of {count}, {left:.0f} s left", file=sys.stderr)
-    return pairs
+    print(out)
 
 
-def draw(out, layers, log, pairs):
-    """Fig. 1, a pair of mel, and the losses, as pictures in a run's folder."""
-    from matplotlib.figure import Figure
+# ---- 13. Command line --------------------------------------------------------------
 
-    figures = [Figure((8, 3 * len(pairs)), layout="constrained") for _ in range(3)]
-    scores, mels = (figure.subplots(len(pairs), 2, squeeze=False) for figure in figures[:2])
-    for (name, entry), bars, images in zip(layers.items(), scores, mels, strict=True):
-        for ax, score, what in zip(bars, ("lasp", "foga"), ("stores", "contributes"), strict=True):
-            colours = ["C0" if k + 1 in entry["layers"] else "C7" for k in range(len(entry[score]))]
-            ax.bar(range(1, len(colours) + 1), entry[score], color=colours)
-            ax.set(title=f"{name}: {what}", xlabel="layer (blue: chosen)", ylabel=score)
-        for ax, mel, kind in zip(images, pairs[name], ("real", "generated"), strict=False):
-            ax.imshow(mel.T.numpy(), "magma", vmin=-9, vmax=3, origin="lower", aspect="auto")
-            ax.set(title=f"{name}: {kind}", xlabel="frame", ylabel="mel bin")
-    ax = figures[2].subplots()
-    for column in ("fm", "val_fm", "bitc", "align"):
-        ax.plot([row["step"] for row in log], [row[column] or None for row in log], label=column)
-    ax.set(xlabel="step", ylabel="loss")
-    ax.legend()
-    for figure, name in zip(figures, ("dissociation", "mel", "loss"), strict=True):
-        figure.savefig(out / f"{name}.png")
+# Without --data: the toy corpus, and a model that learns it in minutes on two cores.
+TOY = """--layers 6 --dim 128 --heads 4 --seconds 1.92 --steps 240 --lr 2e-3
+--teacher MFCC --units 64 --probe-steps 90 --probe-every 15 --eval-every 40
+--count 1 --guidance 1"""
+TAKES = {
+    "sample": "sample data out seed seconds device count nfe guidance sway vocoder",
+    "resume": "resume data device",
+}
 
 
-# ---- 13. Command line ----------------------------------------------------------------------------
-
-# Without --data: the toy corpus, and a model that learns it in two minutes on two cores.
-TOY = """--layers 6 --dim 128 --heads 4 --seconds 1.92 --steps 240 --lr 2e-3 --teacher MFCC
---units 64 --probe-steps 90 --probe-every 15 --eval-every 40"""
-PREPARATION = "teacher", "units_teacher", "codebooks", "units"  # what a prepared folder depends on
-FREE = set("data out device dtype compile eval_every save_every resume".split())  # when resuming
+def add_flags(parser, names=None):
+    """Config's flags, or those named. A field's comment is the help: it is read from
+    this file's text, so that each stands once."""
+    comments = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M)
+    for name, text in comments:
+        default = getattr(Config, name)
+        if names and name not in names:
+            continue
+        if default:
+            text += f" (default: {default})"
+        how = {"type": type(default), "choices": CHOICES.get(name, "").split() or None}
+        if default is False:
+            how = {"action": "store_true"}
+        if default == ():  # given twice it adds up
+            how = {"nargs": "+", "action": "extend"}
+        text = text.replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
 
 
 def parse(arguments):
-    """-> the flags given, by name."""
-    parser = argparse.ArgumentParser("agrepa.py", argument_default=argparse.SUPPRESS)
-    kinds = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}
-    for f in dataclasses.fields(Config):
-        text = f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
-        kind = {**kinds.get(f.type, {"type": f.type}), **f.metadata, "help": text}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind)
-    other = parser.add_argument_group("instead of training").add_argument
-    other("--sample", metavar="CKPT", help="resynthesise held-out clips of its data, or of --data")
-    other("--count", type=int, help="pairs a domain (default: 8)")
-    other("--nfe", type=int, help="Euler steps (default: 32)")
-    other("--guidance", type=float, help="default: 3; 1 (off) for runs of under 10,000 steps")
-    other("--sway", type=float, help="default: -1")
-    other("--vocoder", choices=("griffinlim", "vocos"), help="default: griffinlim")
-    return vars(parser.parse_args(arguments))
+    """-> the flags given, {name: value}. Raises ValueError for those that --sample or
+    --resume don't take."""
+    parser = argparse.ArgumentParser(
+        description="Trains on --data (default: a toy corpus), or samples from a run.",
+        usage=argparse.SUPPRESS,  # an error is one line
+        argument_default=argparse.SUPPRESS,
+    )
+    add_flags(parser)
+    given = vars(parser.parse_args(arguments))
+    for mode, names in TAKES.items():
+        others = given.keys() - names.split()
+        if mode in given and others:
+            raise ValueError(f"--{mode} doesn't go with {', '.join(sorted(others))}")
+    return given
+
+
+def new_folder(stem):
+    """Makes stem-1 or, where that is taken, the next: runs begun at once get one
+    each."""
+    number = 1
+    while True:
+        folder = Path(f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def data_prep(*arguments):
-    """Runs data_prep.py beside this file; its progress is seen -> its last line of output."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError(f"before torchrun, once: python data_prep.py {' '.join(arguments)}")
+    """Runs data_prep.py beside this file; its progress is seen -> its last line."""
+    if dist.is_initialized():
+        raise ValueError(f"before torchrun: python data_prep.py {' '.join(arguments)}")
     command = [sys.executable, Path(__file__).with_name("data_prep.py"), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="surrogateescape")
-    if done.returncode:
+    done = subprocess.run(command, stdout=subprocess.PIPE)
+    if done.returncode != 0:
         sys.exit(done.returncode)  # it said why
-    return done.stdout.splitlines()[-1]
+    return os.fsdecode(done.stdout.splitlines()[-1])
 
 
-def load(path):
-    try:
-        return torch.load(path, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        raise ValueError(f"{path}: no checkpoint, or a damaged one") from None
-
-
-def unused(stem):  # stem-1, stem-2, ...: the first that doesn't exist
-    return next(path for i in range(1, 10**9) if not (path := Path(f"{stem}-{i}")).exists())
-
-
-def settings(given):
-    """-> Config, the meta of each domain, and with --resume the checkpoint to go on from."""
-    state, asked = None, given
-    if other := given.keys() - {f.name for f in dataclasses.fields(Config)}:
-        raise ValueError(f"only --sample has {other}")
-    if "resume" in given:
-        state = load(Path(given.get("out", ""), "last.pt"))
-        if given.keys() - FREE:
-            raise ValueError(f"--resume has the run's settings; leave out {given.keys() - FREE}")
-        given = {**state["config"], **given}
-    elif "data" not in given:
-        print("toy corpus; a small model:", TOY, flush=True)
-        toy = data_prep("--toy", "prepared/toy-audio")
-        given = {**parse(TOY.split()), "data": [f"{toy}/toy-speech", f"{toy}/toy-sounds"], **given}
-    config, metas = Config(**given), []
-    check(config)
-    flags = [f"--{k.replace('_', '-')}={getattr(config, k)}" for k in (*PREPARATION, "device")]
-    for i, folder in enumerate(config.data):
-        if not Path(folder, "utterances.npy").exists():
-            folder = data_prep(folder, *flags)
-        config.data[i] = os.path.abspath(folder)
-        metas.append(json.loads(Path(folder, "meta.json").read_text()))
-        for k in PREPARATION:
-            if asked.get(k, metas[i][k]) != metas[i][k]:
-                raise ValueError(f"{folder} was prepared with {k} {metas[i][k]}, not {asked[k]}")
-    if len({meta["name"] for meta in metas}) < len(metas):
-        raise ValueError(f"--data {' '.join(config.data)}: two domains have one name")
-    return config, metas, state
+def prepared(path, config, given):
+    """path, or what data_prep.py makes of the audio in it. Raises ValueError for a
+    folder that was prepared with other flags than those given."""
+    if not Path(path, "utterances.npy").exists():
+        return data_prep(
+            path,
+            f"--teacher={config.teacher}",
+            f"--units-teacher={config.units_teacher}",
+            f"--codebooks={config.codebooks}",
+            f"--units={config.units}",
+            f"--device={config.device}",
+        )
+    meta = PreparedFolder(path, config.seconds).meta
+    for k in PREPARATION:
+        if given.get(k, meta[k]) != meta[k]:
+            raise ValueError(f"{path} was prepared with {k} {meta[k]}, not {given[k]}")
+    return path
 
 
 def main():
     given = parse(sys.argv[1:])
     if "sample" in given:
-        out = unused(given.get("out") or Path(given["sample"]).with_name("samples"))
-        write_samples(load(given["sample"]), out, given)
-        return print(out)
-    config, metas, state = settings(given)
-    rank, world, *_ = launch(config)
-    if state and (state["metas"], state["world"]) != (metas, world):
-        raise ValueError(f"--resume: the run had other data, or not {world} processes")
-    out = Path(config.out or unused("runs/" + "+".join(meta["name"] for meta in metas)))
-    config.out = str(out)
-    if rank == 0:
-        if out.exists() and not state:
-            raise ValueError(f"--out {out}: exists; --resume goes on with it, or choose another")
-        cosines = ", ".join(f"{meta['tokens_tell']:.2f} ({meta['name']})" for meta in metas)
-        print(f"{out}: phase I to step {config.phase1}; tokens tell of a chunk's T(x): {cosines}")
-    if world > 1:
+        write_samples(given["sample"], given)
+        return
+    out = given.get("resume")
+    state = None
+    defaults = {}
+    if out:
+        state, _ = load(f"{out}/last.pt")
+        defaults = state["config"]
+    elif "data" not in given:
+        defaults = parse(TOY.split())
+    config = Config(**{**defaults, **given})
+    check(config)
+    if int(os.environ.get("WORLD_SIZE") or 0) > 1:
         dist.init_process_group()  # gloo for the CPU's tensors, nccl for the GPUs'
-    train(config, state)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        os._exit(0)  # threads of gloo's may outlive the interpreter: it would abort
-    state = load(out / "last.pt")
-    if (at := state["step"]) < config.steps:
-        raise KeyboardInterrupt(f"stopped at step {at}: --out {out} --resume goes on")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    pairs = write_samples(state, out / "samples", {"count": 1, "device": config.device})
-    draw(out, json.loads((out / "layers.json").read_text()), state["log"], pairs)
-    cosine = 1 - state["log"][-1]["val_align"]
-    told = f"; the aligned layers tell {cosine:.2f} of a {config.align_pool}'s T(x)"
-    print(f"{out}: samples, pictures" + told * any(state["lam"]))
+    elif os.environ.get("SLURM_NTASKS", "1") != "1":  # each would train alone
+        raise ValueError("SLURM_NTASKS is above 1: start torchrun, one task a node")
+    if not config.data:
+        toy = data_prep("--toy", "prepared/toy-audio")
+        config.data = [f"{toy}/toy-speech", f"{toy}/toy-sounds"]
+    if config.batch_size % len(config.data) > 0:
+        raise ValueError(
+            f"--batch-size {config.batch_size}: not the same for all --data"
+        )
+    config.data = [
+        os.path.abspath(prepared(path, config, given)) for path in config.data
+    ]
+    out = train(config, out, state)
+    write_samples(f"{out}/last.pt", {}, f"{out}/samples")
+    picture = f"{Path(__file__).parent}/results/picture.py"
+    subprocess.run([sys.executable, picture, out])
 
 
 def guarded(work):
-    """Runs a program: an error is a line and exit code 2, Ctrl-C a line and 130."""
+    """Runs a program: what is wrong with its flags and files is a line, exit code 2."""
     try:
         return work()
     except (ValueError, OSError) as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped; the same command goes on'}", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,30 @@
-"""Audio to prepared folders for agrepa.py: log-mel, teacher features, tokens, in chunks of 0.16 s.
+"""Audio to prepared folders for agrepa.py: log-mel, teacher features and tokens, in
+chunks of 0.16 s.
 
-    python data_prep.py ./LibriTTS                              # as agrepa.py --data would
-    python data_prep.py ./mine --like prepared/LibriTTS-1       # in that folder's tokens, to sample
-    python data_prep.py --toy ./toy-audio                       # the toy corpus: speech and sounds
+    python data_prep.py ./LibriTTS                        # as agrepa.py --data would
+    python data_prep.py ./mine --like prepared/LibriTTS-1 # in its tokens, to sample
+    python data_prep.py --toy ./toy-audio                 # the toy corpus
 
-The audio is only read: what libsndfile opens, of any rate from 4 kHz. Audio that can't be used is
-skipped; meta.json lists it with the reason. The same command goes on where one was stopped.
+The audio is only read: what libsndfile opens, of any rate from 4 kHz. Audio that can't
+be used is skipped; meta.json lists it with the reason. The same command goes on where
+one was stopped. Shapes: B pieces, n chunks, M mel bins, D the teacher's width.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
-import runpy
+import re
 import shutil
 import sys
-import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,371 +34,669 @@ import torch.nn.functional as F
 import torchaudio
 
 import agrepa
-from agrepa import CHUNK, MEL_FRAMES, N_MELS, PREPARATION, RATE, TEACHER_FRAMES, TEACHER_RATE
+from agrepa import CHUNK, MEL_FRAMES, N_MELS, PREPARATION
+from agrepa import RATE, TEACHER_FRAMES, TEACHER_RATE
 
-AUDIO = set(".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .sph".split())
-CLOSED = set(".m4a .mp4 .aac .wma .amr .webm .mka .ac3 .ape .wv".split())  # need ffmpeg
+AUDIO = """.wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64
+.sph""".split()
+CLOSED = ".m4a .mp4 .aac .wma .amr .webm .mka .ac3 .ape .wv".split()
 PIECE = 160  # chunks, 25.6 s, heard at once: attention is quadratic, Whisper sees 30 s
 BATCH = 600  # chunks, 96 s of equal lengths, heard together
-GROUP = 25_000_000  # bytes of files that are read and heard together
+GROUP = 48  # pieces, 20 minutes, read before they are heard: 200 MB as waveforms
 ARRAYS = {"mel.bin": "<f2", "tokens.bin": "<u2", "teacher.bin": "<f2"}  # a row a chunk
 LOG = "files.jsonl"  # the settings, then a line for each file whose rows are written
 
 
-def digest(data):
-    return hashlib.sha1(data if isinstance(data, bytes) else os.fsencode(data)).hexdigest()
+def digest(content):
+    """Of bytes, or of a text or path: the same on every machine."""
+    return hashlib.sha1(os.fsencode(content)).hexdigest()
+
+
+def grouped(items, key):
+    """-> {key(item): [items]}, in order."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+# ---- which files, and which of them are held out ----
 
 
 def list_audio(folder):
-    """-> {path in folder: (bytes, time of change)}, {path: why it is skipped}. Follows links."""
+    """-> {path in folder: bytes}, {path: why it is skipped}. Follows links, each
+    once."""
 
-    def fail(error):
+    def fail(error):  # else os.walk would leave the folder out without a word
         raise error
 
-    found, skipped, seen = {}, {}, set()
+    sizes = {}
+    skipped = {}
+    seen = set()
     for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if os.path.realpath(base) in seen:  # a link led here again
-            folders[:], names = [], []
-        seen.add(os.path.realpath(base))
-        for path in (Path(base, name) for name in names if not name.startswith(".")):
-            kind, relative = path.suffix.lower(), os.path.relpath(path, folder)
+        real = os.path.realpath(base)
+        if real in seen:  # a link led here again
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            file = os.path.join(base, name)
+            path = os.path.relpath(file, folder)
+            kind = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or kind not in AUDIO + CLOSED:
+                continue
             if kind in CLOSED:
-                skipped[relative] = "libsndfile can't open it; ffmpeg can"
-            elif kind in AUDIO and path.is_file():
-                found[relative] = path.stat().st_size, path.stat().st_mtime_ns
-            elif kind in AUDIO:  # a pipe would wait for a writer
-                skipped[relative] = "is no file"
-    return dict(sorted(found.items())), skipped
+                skipped[path] = "libsndfile can't open it; ffmpeg can"
+            elif os.path.isfile(file):
+                sizes[path] = os.path.getsize(file)
+            else:  # a pipe would wait for a writer
+                skipped[path] = "is no file"
+    return dict(sorted(sizes.items())), skipped
+
+
+def drop_copies(folder, sizes, skipped):
+    """Of files of equal bytes, the one of the shortest path stays in sizes."""
+
+    def content(path):
+        return digest((folder / path).read_bytes())
+
+    for of_one_size in grouped(sizes, sizes.get).values():
+        if len(of_one_size) > 1:  # only these need be read
+            for same in grouped(of_one_size, content).values():
+                kept = min(same, key=len)
+                same.remove(kept)
+                for path in same:
+                    skipped[path] = f"has the content of {kept}"
+                    del sizes[path]
+
+
+def stem(path):
+    """The same for a.wav and a.flac, which are one recording."""
+    return os.path.splitext(path)[0]
 
 
 def hold_out(sizes):
-    """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash, 2 % and 20
-    files at least, 10 % at most: as folders just above the files (chapters) where there are 20."""
-    total, held, taken, groups = sum(sizes.values()) or 1, set(), 0, {}
-    named = {p for p in sizes if any(s.startswith(("dev-", "test-")) for s in Path(p).parts[:-1])}
+    """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash, 2
+    % and 20 files at least, 10 % at most. They are whole folders (chapters) where there
+    are 20 folders, else whole recordings."""
+    total = sum(sizes.values())
+    named = {p for p in sizes if re.search(r"(^|[/\\])(dev|test)-.*[/\\]", p)}
     if named and len(named) < len(sizes):
-        share = sum(sizes[p] for p in named) / total
-        print(f"held out for their folders' names, dev-* and test-*: {share:.0%} of the audio")
+        share = sum(sizes[path] for path in named) / total
+        print(f"held out as dev-* and test-* folders: {share:.0%} of the audio")
         if share > 0.5:
-            raise ValueError("most of the audio is in dev-* and test-* folders: rename some")
+            raise ValueError("most audio is in dev-* and test-* folders: rename some")
         return named
-    for path in sizes:
-        groups.setdefault(str(Path(path).parent), []).append(path)
-    groups = groups if len(groups) >= 20 else {path: [path] for path in sizes}
+    groups = grouped(sizes, os.path.dirname)
+    if len(groups) < 20:
+        groups = {paths[0]: paths for paths in grouped(sizes, stem).values()}
+
+    def size(group):
+        return sum(sizes[path] for path in groups[group])
+
+    held = set()
+    taken = 0
+    share = max(0.02, 20 / len(sizes))
     for group in sorted(groups, key=digest):
-        size = sum(sizes[p] for p in groups[group])
-        if taken < max(0.02, 20 / len(sizes)) * total and taken + size <= 0.1 * total:
-            held |= set(groups[group])
-            taken += size
-    return held or {sorted(sizes, key=sizes.get)[len(sizes) // 2]}
+        if taken < share * total and taken + size(group) <= 0.1 * total:
+            held.update(groups[group])
+            taken += size(group)
+    # None where there are few and large ones: one of middle size.
+    return held or set(groups[sorted(groups, key=size)[len(groups) // 2]])
 
 
-def read_audio(path):
-    """A file, mono -> its hash, and pieces of at most PIECE chunks: waveforms at 16 kHz [n x 2560]
-    and 24 kHz [n x 3840]; or why it can't be used, and none. OSErrors say nothing about it."""
-    data, pieces, loudest, n = Path(path).read_bytes(), [], 0.0, PIECE
-    file = io.BytesIO(data)
+def first_of(skipped):
+    """Words for the end of an error."""
+    for path, reason in skipped.items():
+        return f"; {len(skipped)} skipped, first {path}: {reason}"
+    return ""
+
+
+def split(folder, sizes, skipped, like):
+    """-> the paths to train on, and those to hold out: all of them if they are to be
+    `like` another folder. Copies go to skipped."""
+    drop_copies(folder, sizes, skipped)
+    held = set(sizes) if like or not sizes else hold_out(sizes)
+    train = [path for path in sizes if path not in held]
+    if not held or not (train or like):
+        raise ValueError(
+            f"{folder}: {len(sizes)} usable files, none to hold out{first_of(skipped)}"
+        )
+    return train, [path for path in sizes if path in held]
+
+
+# ---- from files to waveforms ----
+
+
+class Checked(io.FileIO):
+    """A file that keeps its errors: libsndfile takes a lost drive for the file's
+    end."""
+
+    error = None
+
+    def readinto(self, buffer):
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.error = error
+            return 0
+
+
+def mono(wave):
+    """[samples, channels] -> [samples]: the mean of the channels or, where they cancel
+    each other out, the loudest."""
+    mean = wave.mean(1)
+    loudness = np.abs(wave).mean(0)
+    if np.abs(mean).mean() < 0.1 * loudness.max():
+        return wave[:, loudness.argmax()]
+    return mean
+
+
+def resampled(wave, rate, new, n):
+    """Mono at `rate` [samples] -> n chunks of it at `new` [n x CHUNK x new]."""
+    # Up to 500, as usual rates have: 16,001 Hz would take a kernel of 1.5 GB.
+    ratio = Fraction(rate, new).limit_denominator(500).as_integer_ratio()
+    sound = torchaudio.functional.resample(torch.from_numpy(wave), *ratio)
+    return F.pad(sound, (0, round(n * CHUNK * new) - len(sound)))  # or cut
+
+
+def decode(file):
+    """An open file -> its pieces, of at most PIECE chunks: waveforms at 16 kHz [n x
+    2560] and at 24 kHz [n x 3840]. Returns why it can't be used, perhaps after the
+    last."""
+
+    def no():
+        return False
+
+    loudest = 0.0
+    n = PIECE
+    with soundfile.SoundFile(file) as sound:
+        sound.seekable = no  # read on: headers guess lengths, some formats can't seek
+        rate = sound.samplerate
+        if not 4000 <= rate <= 10**6:
+            return f"is of {rate} Hz"
+        samples = math.ceil(PIECE * 4 * rate / 25)
+        while n == PIECE:
+            wave = sound.read(samples, "float32", always_2d=True)
+            n = int(len(wave) / rate / CHUNK + 1e-6)
+            if n:
+                loudest = np.maximum(loudest, np.abs(wave).max())
+                if not loudest < 100:  # NaN, too
+                    break
+                wave = mono(wave)
+                low = resampled(wave, rate, TEACHER_RATE, n)
+                yield low, resampled(wave, rate, RATE, n)
+    size = os.path.getsize(file.name)
+    if loudest < 100 and size - file.tell() > max(size // 10, 65_536):
+        return "is longer than its header says: ffmpeg -i it to a .flac"
+    if not 1e-5 < loudest < 100:
+        return f"is too short, silent or no sound: its loudest sample is {loudest:.3g}"
+
+
+def pieces_of(folder, path, skipped):
+    """decode, of a file; why it can't be used goes to skipped[path]."""
+    with Checked(folder / path) as opened:
+        try:
+            reason = yield from decode(opened)
+        except soundfile.SoundFileError as error:
+            reason = f"can't be read ({error})"
+        if opened.error:  # which says nothing about the file
+            raise opened.error
+    if reason:
+        skipped[path] = reason
+
+
+def expected(file):
+    """Pieces of a file, GROUP at most and where it is unknown; its header may be
+    wrong."""
     try:
-        with soundfile.SoundFile(file) as sound:
-            # Read on, 25.6 s rounded up: headers only guess the length, some formats can't seek.
-            sound.seekable = lambda: False
-            rate = sound.samplerate
-            if not 4000 <= rate <= 10**6:
-                return f"is of {rate} Hz", []
-            while n == PIECE:
-                wave = sound.read(-(-PIECE * 4 * rate // 25), "float32", always_2d=True)
-                n = int(len(wave) / rate / CHUNK + 1e-6)
-                loudest = np.maximum(loudest, np.abs(wave).max(initial=0))  # NaN stays
-                pieces += [resampled(wave, rate, n)] if n else []
-    except RuntimeError as error:  # soundfile's own
-        return f"can't be read ({error})", []
-    if len(data) - file.tell() > max(len(data) // 10, 65_536):
-        return "is longer than its header says: ffmpeg -i it to a .flac", []
-    if not pieces or not 1e-5 < loudest < 100:  # NaN too
-        return f"is too short, silent, or not sound: its loudest sample is {loudest:.3g}", []
-    return digest(data), pieces
+        with Checked(file) as opened:
+            return min(GROUP, soundfile.info(opened).duration / PIECE / CHUNK) or GROUP
+    except soundfile.SoundFileError:
+        return 0
 
 
-def resampled(wave, rate, n):
-    """n chunks [samples, channels] -> mono at 16 kHz and at 24 kHz."""
-    mean, loud, found = wave.mean(1), np.abs(wave).mean(0), []
-    if np.abs(mean).mean() < 0.1 * loud.max():  # channels that cancel each other out
-        mean = wave[:, loud.argmax()].copy()
-    for new in (TEACHER_RATE, RATE):
-        # Denominators up to 500, which usual rates have: 16,001 Hz would take a kernel of 1.5 GB.
-        ratio, size = Fraction(rate, new).limit_denominator(500), round(n * CHUNK * new)
-        sound = torchaudio.functional.resample(torch.from_numpy(mean), *ratio.as_integer_ratio())
-        found.append(F.pad(sound, (0, max(0, size - len(sound))))[:size])
-    return found
+def take(pieces, n=GROUP):
+    return list(itertools.islice(pieces, n))
+
+
+# ---- from waveforms to features ----
 
 
 def mfcc(wave):
-    """13 coefficients, their deltas and the deltas' deltas: HuBERT's own first target."""
-    how, delta = dict(n_fft=400, hop_length=320, n_mels=26), torchaudio.functional.compute_deltas
-    how = {"log_mels": True, "melkwargs": {**how, "center": False}}
-    x = torchaudio.transforms.MFCC(TEACHER_RATE, 13, **how)(F.pad(wave.cpu(), (80, 0)))
-    return torch.cat([x, delta(x), delta(delta(x))], 1).transpose(1, 2)  # centred, as Teacher's
+    """13 coefficients, their deltas and the deltas' deltas: HuBERT's own first target.
+    [B, n x 2560] -> [B, n x 8, 39]"""
+    delta = torchaudio.functional.compute_deltas
+    spectrum = {"n_fft": 400, "hop_length": 320, "n_mels": 26, "center": False}
+    transform = torchaudio.transforms.MFCC(
+        TEACHER_RATE, 13, log_mels=True, melkwargs=spectrum
+    )
+    x = transform(F.pad(wave.cpu(), (80, 0)))  # centred, as Teacher's
+    return torch.cat([x, delta(x), delta(delta(x))], 1).mT
+
+
+def load_teacher(name):
+    """MFCC, a bundle of torchaudio, or what FUNCTION() of a FILE.py returns."""
+    if name == "MFCC":
+        return mfcc
+    if ".py:" not in name:
+        return agrepa.Teacher(name)
+    path, function = name.rsplit(":", 1)
+    path = os.path.abspath(path)
+    sys.path.insert(0, os.path.dirname(path))  # for what lies beside it
+    module = types.ModuleType(digest(path))  # two files may have one name
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
+    return getattr(module, function)()
+
+
+def attempt(name, work, *inputs):
+    """A teacher's work. Raises ValueError for whatever that raises: it is anyone's
+    code."""
+    try:
+        return work(*inputs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        words = (
+            f"--teacher {name}: {type(error).__name__}: {error}; checkpoints are in "
+            f"{torch.hub.get_dir()}; delete a damaged one"
+        )
+        raise ValueError(" ".join(words.split())) from None
 
 
 def listener(name, config):
-    """A teacher by its name, a bundle of torchaudio, MFCC or FILE.py:FUNCTION -> a function from
-    waveform [B, n x 2560] at 16 kHz to features [B, n x 8, teacher_dim] on the CPU."""
-    *_, device, autocast = agrepa.launch(config)
+    """A teacher by its name: MFCC, a bundle of torchaudio, or FILE.py:FUNCTION -> a
+    function from waveform [B, n x 2560] at 16 kHz to features [B, n x 8, D] on the
+    CPU."""
+    device, precision = agrepa.launch(config)
+    teacher = attempt(name, load_teacher, name)
+    if isinstance(teacher, torch.nn.Module):
+        teacher = teacher.to(device).eval()
+    if not isinstance(teacher, agrepa.Teacher):  # others choose it themselves
+        precision = contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def named():
-        try:
-            yield
-        except Exception as error:  # a file of the user's may raise anything
-            where = f"checkpoints are in {torch.hub.get_dir()}; delete a damaged one"
-            raise ValueError(f"--teacher {name}: {error!r}; {where}") from None
+    def features(wave):
+        with torch.no_grad(), precision:
+            x = teacher(wave.to(device, copy=True))  # it may write into its input
+        x = torch.as_tensor(getattr(x, "last_hidden_state", x))
+        due = [len(wave), wave.shape[1] // 320]
+        if x.is_complex() or x.dim() != 3 or list(x.shape[:2]) != due:
+            raise TypeError(f"{x.dtype} {list(x.shape)}, not reals {due} and a width")
+        return x.detach().float().cpu()
 
-    with named():
-        if ".py:" in name:
-            path, function = name.rsplit(":", 1)
-            sys.path.insert(0, str(Path(path).parent.resolve()))  # for what lies beside it
-            net = runpy.run_path(path)[function]()  # no import: two may have one name
-        else:
-            net = mfcc if name == "MFCC" else agrepa.Teacher(name)
-        net = net.to(device).eval() if isinstance(net, torch.nn.Module) else net
-
-    @torch.no_grad()
-    def answer(wave):
-        low = autocast if isinstance(net, agrepa.Teacher) else contextlib.nullcontext
-        with named(), low():
-            x, due = net(wave.to(device)), wave.shape[1] // 320
-            x = torch.as_tensor(getattr(x, "last_hidden_state", x))
-            if x.is_complex() or x.dim() != 3 or x.shape[:2] != (len(wave), due):
-                raise TypeError(f"{x.dtype} {list(x.shape)}, not reals [{len(wave)}, {due}, width]")
-            return x.detach().float().cpu()
-
-    return answer
+    return partial(attempt, name, features)
 
 
-def hear(folder, sizes, teachers, codebooks):
-    """-> of each file its path, its hash or why it is skipped, and its pieces: mel [n x 15, M], the
-    first teacher's features, and what each codebook's units are of (the second's: mel at 50 Hz)."""
-    part, began, done = np.cumsum([*sizes.values()]) // GROUP, time.time(), 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 2)) as pool:
-        for k in np.unique(part):
-            group = [path for path, p in zip(sizes, part, strict=True) if p == k]
-            readings = [*pool.map(read_audio, (Path(folder, path) for path in group))]
-            pieces = [piece for _, some in readings for piece in some]
-            lengths = np.array([len(low) for low, _ in pieces])
-            for length in np.unique(lengths):  # equal ones, since padding would change the answer
-                alike = np.flatnonzero(lengths == length)
-                for some in np.array_split(alike, -(-len(alike) * length // (BATCH * 2560))):
-                    low, high = (torch.stack([pieces[i][j] for i in some]) for j in (0, 1))
-                    mel, answers = agrepa.log_mel(high), [teacher(low) for teacher in teachers]
-                    at_50 = F.interpolate(mel.mT, answers[0].shape[1], mode="area").mT
-                    streams = [answers[-1], at_50][:codebooks]
-                    for i, *piece in zip(some, mel, answers[0], *streams, strict=True):
-                        pieces[i] = piece
-            pieces, done = iter(pieces), done + len(readings)
-            for path, (result, some) in zip(group, readings, strict=True):
-                yield path, result, [next(pieces) for _ in some]
-            left = (len(sizes) - done) * (time.time() - began) / done / 60
-            print(f"  {done:,} of {len(sizes):,} files, {left:.1f} min left", flush=True)
+def listen(pieces, teachers):
+    """Waveforms of pieces -> of each piece a list: mel [n x 15, M], features of the
+    first teacher [n x 8, D], and what units are of: features of the last teacher [n x
+    8, width] and mel at 50 Hz [n x 8, M]."""
+    found = [None] * len(pieces)
+    lengths = np.array([len(low) for low, _ in pieces])
+    for length in np.unique(lengths):  # equal ones: padding would change the answer
+        alike = np.flatnonzero(lengths == length)
+        batches = math.ceil(len(alike) * length / (BATCH * 2560))
+        for batch in np.array_split(alike, batches):
+            low = torch.stack([pieces[i][0] for i in batch])
+            high = torch.stack([pieces[i][1] for i in batch])
+            mel = agrepa.log_mel(high)
+            features = [teacher(low) for teacher in teachers]
+            at_50 = F.interpolate(mel.mT, length // 320, mode="area").mT
+            for row, i in enumerate(batch):
+                found[i] = [x[row] for x in (mel, features[0], features[-1], at_50)]
+    return found
 
 
-def fit_units(heard, k):
-    """Lloyd's algorithm on 40 frames a unit -> the centroids of the codebooks [k, d of all]."""
-    found, books, pick = [], [], torch.Generator().manual_seed(0)
-    for *_, pieces in heard:
-        found += [s for _, _, *s in pieces if all(x.isfinite().all() for x in s)]
-        frames = sum(len(x) for x, *_ in found)
-        if frames > 40 * k:
-            break
-    if not found or frames < 2 * k or k * len(found[0]) > 2**16:  # ids are stored as uint16
-        raise ValueError(f"--units {k}: too many, or no usable audio to train on")
-    for x in map(torch.cat, zip(*found, strict=True)):
-        centroids = x[torch.randperm(len(x), generator=pick)[:k]]
-        for _ in range(12):
-            near = [torch.cdist(part, centroids).argmin(1) for part in x.split(16_384)]
-            count = torch.bincount(unit := torch.cat(near), minlength=k)[:, None]
-            total = torch.zeros_like(centroids).index_add_(0, unit, x)
-            spare = x[torch.randint(len(x), (k,), generator=pick)]  # for units without rows
-            centroids = torch.where(count > 0, total / count.clamp(min=1), spare)
-        books.append(centroids)
-    return torch.cat(books, 1).numpy()
+def hear(paths, folder, skipped, teachers):
+    """Reads and hears files -> of each its path and an iterator of heard pieces. After
+    the last, skipped has the path if the file proved to be unusable."""
+
+    def following(heard, reader):
+        while heard:
+            yield from heard
+            heard = listen(take(reader), teachers)
+
+    with ThreadPoolExecutor() as pool:
+        ends = np.cumsum([*pool.map(expected, [folder / path for path in paths])])
+        part = dict(zip(paths, ends // GROUP, strict=True))
+        for group in grouped(paths, part.get).values():
+            readers = [pieces_of(folder, path, skipped) for path in group]
+            taken = list(pool.map(take, readers))
+            heard = iter(listen(sum(taken, []), teachers))
+            for path, reader, pieces in zip(group, readers, taken, strict=True):
+                yield path, following(take(heard, len(pieces)), reader)
+            print(f"  {paths.index(path) + 1:,} of {len(paths):,} files")
 
 
-# ---- the prepared folder -------------------------------------------------------------------------
+# ---- units ----
 
 
-def rows_of(books, mel, x, *streams):
-    """A piece as it is stored."""
-    n, pairs = len(x) // TEACHER_FRAMES, zip(streams, books, strict=True)
-    ids = [torch.cdist(y, book).argmin(1) + i * len(book) for i, (y, book) in enumerate(pairs)]
-    rows = mel, agrepa.interleave(*ids), x.unflatten(0, (n, -1)).mean(1)
-    kinds = zip(rows, ARRAYS.values(), strict=True)
-    return [row.reshape(n, -1).numpy().astype(kind) for row, kind in kinds]
+def k_means(x, k, generator):
+    """Lloyd's algorithm on rows x [N, width] -> centroids [k, width]."""
+    centroids = x[torch.randperm(len(x), generator=generator)[:k]]
+    for _ in range(12):
+        unit = torch.cat(
+            [torch.cdist(part, centroids).argmin(1) for part in x.split(16_384)]
+        )
+        count = torch.bincount(unit, minlength=k)[:, None]
+        total = torch.zeros_like(centroids).index_add_(0, unit, x)
+        # A unit without rows starts again at a row of another.
+        spare = x[torch.randint(len(x), (k,), generator=generator)]
+        centroids = torch.where(count > 0, total / count, spare)
+    return centroids
 
 
-def lines_of(part, settings, widths):
-    """LOG's whole lines after the settings; cuts the arrays to the rows that they count."""
+def fit_units(paths, folder, skipped, teachers, config):
+    """k-means on 40 frames a unit: of one piece of each of many files, in this order;
+    round again, the next piece of each, if the files run out. One long recording would
+    else fill the units. -> the codebooks' centroids side by side [k, widths], of how
+    many files."""
+    waiting = [(path, pieces_of(folder, path, skipped)) for path in paths]
+    heard = []
+    used = set()
+    frames = 0
+    while waiting and frames < 40 * config.units:
+        waves = []
+        for _ in range(min(32, len(waiting))):  # many, even if few frames are wanted
+            path, reader = waiting.pop(0)
+            for wave in take(reader, 1):
+                waves.append(wave)
+                used.add(path)
+                if len(wave[0]) == PIECE * 2560:  # a shorter one is the last
+                    waiting.append((path, reader))
+        for piece in listen(waves, teachers):
+            if all(x.isfinite().all() for x in piece):
+                heard.append(piece)
+                frames += len(piece[1])
+    # Ids are stored as uint16.
+    if frames < 2 * config.units or config.units * config.codebooks > 2**16:
+        raise ValueError(
+            f"--units {config.units}: too many for {frames:,} frames of usable sound"
+            f"{first_of(skipped)}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    books = []
+    for stream in range(config.codebooks):
+        x = torch.cat([piece[2 + stream] for piece in heard])
+        books.append(k_means(x, config.units, generator))
+    return torch.cat(books, 1).numpy(), len(used)
+
+
+# ---- the prepared folder ----
+
+
+def rows_of(books, mel, features, *streams):
+    """A heard piece as it is stored: ARRAYS' rows, one a chunk."""
+    n = len(features) // TEACHER_FRAMES
+    ids = []
+    for i, book in enumerate(books):
+        ids.append(torch.cdist(streams[i], book).argmin(1) + i * len(book))
+    means = features.unflatten(0, (n, -1)).mean(1)
+    rows = zip((mel, agrepa.interleave(*ids), means), ARRAYS.values(), strict=True)
+    return [x.reshape(n, -1).numpy().astype(kind) for x, kind in rows]
+
+
+def mixed(part):
+    return ValueError(f"{part}: two processes wrote into it, or it was cut; delete it")
+
+
+def go_on(part, settings, paths, widths):
+    """-> the lines of LOG after the settings, of an earlier run that was stopped; cuts
+    the arrays to the rows that they count. Raises ValueError for other settings or
+    files."""
     log = part / LOG
+    head = json.dumps(settings) + "\n"
     text = log.read_text() if log.exists() else ""
-    log.write_text(text[: text.rfind("\n") + 1] or json.dumps(settings) + "\n")
-    first, *lines = map(json.loads, log.read_text().splitlines())
-    if first != settings:
-        raise ValueError(f"{part} is of other audio or settings; delete it, or change --out")
+    text = text[: text.rfind("\n") + 1] or head  # a kill leaves half a line
+    first, *lines = [json.loads(line) for line in text.splitlines()]
+    if lines and first != settings:  # without lines there's nothing to lose
+        raise ValueError(
+            f"{part} is of other audio or settings; delete it, or change --out"
+        )
+    if [line["path"] for line in lines] != paths[: len(lines)]:
+        raise mixed(part)
+    log.write_text(text if lines else head)
     for name, width in zip(ARRAYS, widths, strict=True):
+        size = 2 * width * sum(line["chunks"] for line in lines)
         with open(part / name, "ab") as file:
-            file.truncate(2 * width * sum(line["chunks"] for line in lines))
+            if file.tell() < size:
+                raise mixed(part)
+            file.truncate(size)
     return lines
 
 
-def fill(part, heard, books, lines):
-    """Appends each file's rows to the arrays, then its line to LOG: if killed, it can go on."""
-    known = {line["hash"]: line["path"] for line in lines if line["chunks"]}
-    with contextlib.ExitStack() as opened:
-        *files, log = [opened.enter_context(open(part / name, "ab", 0)) for name in (*ARRAYS, LOG)]
-        for path, result, pieces in heard:
-            rows = [*map(np.concatenate, zip(*(rows_of(books, *x) for x in pieces), strict=True))]
-            if rows and known.setdefault(result, path) != path:
-                result, rows = f"has the content of {known[result]}", []
-            if not all(np.isfinite(x).all() for x in rows):
-                result, rows = "gives features that aren't finite", []
-            for x, file in zip(rows, files, strict=False):
-                x.tofile(file)  # unlike file.write, raises where the disk is full
-            line = {"path": path, "chunks": len(rows[0]) if rows else 0}
-            lines.append(line | {"hash" if rows else "reason": result})
-            log.write(json.dumps(lines[-1]).encode() + b"\n")
+def fill(part, heard, books, skipped):
+    """Appends each file's rows to the arrays, then its line to LOG: if killed, it can
+    go on. Raises ValueError where the files have grown by what it didn't write."""
+
+    def check():
+        if [file.seek(0, 2) for file in files] != ends:  # where each of them ends
+            raise mixed(part)
+
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(open(part / name, "ab", 0)) for name in (*ARRAYS, LOG)
+        ]
+        ends = [file.tell() for file in files]
+        for path, pieces in heard:
+            check()
+            starts = list(ends)
+            chunks = 0
+            for piece in pieces:
+                rows = rows_of(books, *piece)
+                chunks += len(rows[0])
+                for i, x in enumerate(rows):
+                    x.tofile(files[i])  # unlike write, raises where the disk is full
+                    ends[i] += x.nbytes
+                    if not np.isfinite(x).all():
+                        skipped[path] = "gives features that aren't finite"
+            if path in skipped:
+                chunks = 0
+                ends = starts
+                for i, file in enumerate(files):
+                    file.truncate(ends[i])
+            line = {"path": path, "chunks": chunks, "reason": skipped.get(path)}
+            text = json.dumps(line).encode() + b"\n"
+            files[3].write(text)
+            ends[3] += len(text)
+        check()
 
 
-def publish(part, lines, held, meta):
-    """utterances.npy, meta.json. Unless meta has them: statistics of at most 20,000 training rows,
-    and what tokens tell: a held-out row's cosine with the sum of training rows of its tokens."""
-    used = [line for line in lines if line["chunks"]]
-    chunks = [line["chunks"] for line in used]
-    _, folder = np.unique([str(Path(line["path"]).parent) for line in used], return_inverse=True)
-    np.save(part / "utterances.npy", np.stack([np.cumsum([0, *chunks])[:-1], chunks, folder], 1))
-    meta["held_out"] = sum(line["path"] in held for line in used)  # they stand last
-    meta["hours"] = sum(chunks) * CHUNK / 3600
-    why = meta["skipped"] | {line["path"]: line["reason"] for line in lines if not line["chunks"]}
-    meta["skipped"] = [{"path": path, "reason": reason} for path, reason in why.items()]
-    train = sum(chunks[: len(used) - meta["held_out"]])
-    if not used or ("mel_mean" not in meta and not 0 < train < sum(chunks)):
-        raise ValueError(f"nothing usable to train on, or to hold out: {meta['skipped'][:3]}")
-    if "mel_mean" not in meta:
-        files = [np.memmap(part / name, kind, "r") for name, kind in ARRAYS.items()]
-        mel, tokens, teacher = (file.reshape(sum(chunks), -1) for file in files)
-        some, rest = slice(0, train, 1 + train // 20_000), slice(train, train + 20_000)
-        x, centre = mel[some].astype(np.float64), teacher[some].mean(0, dtype=np.float64)
-        meta |= {"mel_mean": x.mean(), "mel_std": x.std(), "teacher_mean": centre.tolist()}
-        sums = np.zeros((meta["units"] * meta["codebooks"], len(centre)))
-        np.add.at(sums, tokens[some], (teacher[some] - centre)[:, None])
-        guess, T_x = torch.tensor(sums[tokens[rest]].mean(1)), torch.tensor(teacher[rest] - centre)
-        meta["tokens_tell"] = F.cosine_similarity(guess, T_x).mean().item()
+def statistics(part, total, train, ids):
+    """Of at most 20,000 of the first `train` of all rows: scales, and what tokens tell:
+    a held-out row's cosine with the sum of the training rows of its tokens."""
+    mel, tokens, teacher = [
+        np.memmap(part / name, kind, "r").reshape(total, -1)
+        for name, kind in ARRAYS.items()
+    ]
+    some = slice(0, train, 1 + train // 20_000)
+    rest = slice(train, train + 20_000)
+    x = mel[some].astype(np.float64)
+    centre = teacher[some].mean(0, dtype=np.float64)
+    sums = np.zeros((ids, len(centre)))
+    np.add.at(sums, tokens[some], (teacher[some] - centre)[:, None])
+    guess = torch.tensor(sums[tokens[rest]].mean(1))
+    T_x = torch.tensor(teacher[rest] - centre)
+    return {
+        "mel_mean": x.mean(),
+        "mel_std": x.std(),
+        "teacher_mean": centre.tolist(),
+        "tokens_tell": F.cosine_similarity(guess, T_x).mean().item(),
+    }
+
+
+def publish(part, lines, training, meta, like):
+    """utterances.npy and meta.json, with statistics unless it has those of `like`.
+    training: how many of the lines are of files to train on; they stand first."""
+    chunks = np.array([line["chunks"] for line in lines])
+    total = chunks.sum()
+    train = chunks[:training].sum()
+    skipped = meta["skipped"]
+    for line in lines:
+        if not line["chunks"]:
+            skipped[line["path"]] = line["reason"]
+    if train == total or not (train or like):
+        raise ValueError(
+            f"nothing usable to train on, or to hold out{first_of(skipped)}"
+        )
+    _, place = np.unique(
+        [os.path.dirname(line["path"]) for line in lines], return_inverse=True
+    )
+    rows = np.stack([chunks.cumsum() - chunks, chunks, place], 1)
+    np.save(part / "utterances.npy", rows[chunks > 0])
+    meta["held_out"] = int((chunks[training:] > 0).sum())
+    meta["hours"] = total * CHUNK / 3600
+    meta["skipped"] = [{"path": path, "reason": skipped[path]} for path in skipped]
+    if not like:
+        meta.update(statistics(part, total, train, meta["units"] * meta["codebooks"]))
     (part / "meta.json").write_text(json.dumps(meta, indent=1))
-    print(f"{len(used)} files, {meta['held_out']} held out; {len(why)} skipped, meta.json says why")
+    print(f"{len(lines)} files, {meta['held_out']} held out; {len(skipped)} skipped")
 
 
-@contextlib.contextmanager
-def becoming(out):
-    """`out`.partial to work in, for this process alone; it is renamed to `out` at the end."""
+def lock(file):
+    """For this process alone. Where the file system has no locks, goes on without."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{file.name} is in use by another process") from None
+    except (ImportError, OSError) as error:
+        print(f"no locks here ({error}): prepare this folder once at a time")
+
+
+def identity(sizes, config, like):
+    """What a prepared folder depends on: settings, the user's code, and the audio by
+    paths in its folder and sizes, which stay as they are when it is touched, copied or
+    mounted anew."""
+    audio = json.dumps(sizes)
+    for name in (config.teacher, config.units_teacher):
+        if ".py:" in name:
+            audio += digest(Path(name.rsplit(":", 1)[0]).read_bytes())
+    if like:
+        audio += digest((like / "units.npy").read_bytes())
+    settings = {name: getattr(config, name) for name in PREPARATION}
+    settings["audio"] = digest(audio)
+    return settings
+
+
+def prepare(folder, out, config, like=None, name=None):
+    """A folder of audio -> `out`, prepared. like: the prepared folder whose tokens it
+    takes. name: the domain's, else the folder's."""
+    sizes, skipped = list_audio(folder)
+    settings = identity(sizes, config, like)
+    if out.exists():
+        with open(out / LOG) as file:
+            if json.loads(file.readline()) != settings:
+                raise ValueError(f"{out} is of other audio or settings: change --out")
+        return out
+    train, held = split(folder, sizes, skipped, like)
+    paths = train + held
+    # Bytes of a name that are no UTF-8 can't be written.
+    name = os.fsencode(name or folder.resolve().name).decode(errors="replace")
+    names = dict.fromkeys([config.teacher, config.units_teacher])  # may be one
+    teachers = [listener(teacher, config) for teacher in names]
+    dim = teachers[0](torch.zeros(1, 2560)).shape[2]
+    widths = [MEL_FRAMES * N_MELS, TEACHER_FRAMES * config.codebooks, dim]
     part = Path(f"{out}.partial")
     part.mkdir(parents=True, exist_ok=True)
-    with open(part / ".lock", "w") as lock:
-        with contextlib.suppress(ImportError):  # Windows locks nothing
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"{part} is in use by another process") from None
-        yield part
-        os.replace(part, out)
-
-
-def prepare(folder, out, config, like=None):
-    """A folder of audio -> `out`, prepared. like: the prepared folder whose tokens it takes."""
-    files, skipped = list_audio(folder)
-    names = [config.teacher, config.units_teacher or config.teacher]
-    settings = {k: getattr(config, k) for k in PREPARATION} | {"units_teacher": names[1]}
-    code = [Path(name.rsplit(":", 1)[0]).read_bytes() for name in names if ".py:" in name]
-    settings["audio"] = digest(str([str(folder.resolve()), like, *code, *files.items()]))
-    if out.exists():
-        if json.loads(open(out / LOG).readline()) != settings:
-            raise ValueError(f"{out} is of other audio or settings; prepare with another --out")
-        return out
-    sizes = {path: size for path, (size, _) in files.items()}
-    if len(sizes) < 1 + (like is None):
-        raise ValueError(f"{folder}: {len(sizes)} usable files, none to hold out; {skipped}")
-    held = set(sizes) if like else hold_out(sizes)
-    sizes = {path: sizes[path] for path in sorted(sizes, key=lambda path: (path in held, path))}
-    with becoming(out) as part:
-        teachers = [listener(name, config) for name in dict.fromkeys(names)]
-        dim = teachers[0](torch.zeros(1, 2560)).shape[2]
-        name = os.fsencode(folder.resolve().name).decode(errors="replace")
-        meta = {**settings, "name": name, "teacher_dim": dim, "skipped": skipped}
+    with open(part / ".lock", "w") as file:
+        lock(file)
+        lines = go_on(part, settings, paths, widths)
         if like:
-            old = json.loads(Path(like, "meta.json").read_text())
-            meta |= {k: old[k] for k in ("mel_mean", "mel_std", "teacher_mean", "tokens_tell")}
-            shutil.copy(Path(like, "units.npy"), part)
-        elif not (part / "units.npy").exists():
-            train = np.random.default_rng(0).permutation([p for p in sizes if p not in held])
-            train = {path: sizes[path] for path in train.tolist()}
-            heard = hear(folder, train, teachers, config.codebooks)
-            np.save(part / "units.npy", fit_units(heard, config.units))
+            shutil.copy(like / "units.npy", part)
+            shutil.copy(like / "meta.json", part)
+        elif not lines:
+            drawn = sorted(train, key=digest)  # as good as random
+            units, count = fit_units(drawn, folder, skipped, teachers, config)
+            # By name, too: a run has a table of embeddings for each domain.
+            unique = digest(f"{name} {units.tolist()}")
+            known = {"units_recordings": count, "units_id": unique}
+            (part / "meta.json").write_text(json.dumps(known))
+            np.save(part / "units.npy", units)
         units = torch.from_numpy(np.load(part / "units.npy"))
-        meta["units_id"] = digest(units.numpy().tobytes())
-        books = units.tensor_split([units.shape[1] - N_MELS][: config.codebooks - 1], 1)
-        ids = TEACHER_FRAMES * config.codebooks  # a chunk
-        lines = lines_of(part, settings, [MEL_FRAMES * N_MELS, ids, dim])
-        rest = {path: sizes[path] for path in [*sizes][len(lines) :]}
-        fill(part, hear(folder, rest, teachers, config.codebooks), books, lines)
-        publish(part, lines, held, meta)
+        books = [units]
+        if config.codebooks == 2:
+            books = units.tensor_split([-N_MELS], 1)
+        heard = hear(paths[len(lines) :], folder, skipped, teachers)
+        fill(part, heard, books, skipped)
+        meta = {**json.loads((part / "meta.json").read_text()), **settings}
+        meta.update(
+            name=name, teachers_in=os.getcwd(), teacher_dim=dim, skipped=skipped
+        )
+        publish(part, go_on(part, settings, paths, widths), len(train), meta, like)
+    os.replace(part, out)  # Windows renames no folder with an open file in it
     return out
 
 
-VOWELS = (730, 1090), (530, 1840), (270, 2290), (570, 840), (300, 870)  # Peterson, Barney
+# First and second formants of five vowels, in Hz (Peterson and Barney)
+VOWELS = (730, 1090), (530, 1840), (270, 2290), (570, 840), (300, 870)
 
 
 def toy(folder):
-    """Syllables of eight voices, and bells and gusts: 13 minutes, the same each time."""
+    """Syllables of eight voices, and bells and gusts: 13 minutes, the same each
+    time."""
+    if (folder / "toy-sounds" / "231.wav").exists():
+        return
     for i in range(232):
-        rng, voice, speech, sounds = np.random.default_rng(i), i // 14, i < 112, []
+        rng = np.random.default_rng(i)
+        speech = i < 112
+        sounds = []
         for _ in range(rng.integers(20, 40) if speech else rng.integers(1, 4)):
-            t = np.arange(int(rng.uniform(0.06, 0.2) * (1 if speech else 8) * RATE)) / RATE
-            f = 90 * 1.14**voice * np.arange(1, 40) if speech else np.array([400, 1104, 2160])
-            f = f[:, None] * rng.uniform(0.85, 1.2)  # harmonics of a voice, modes of a bell
-            gain = [1 / (1 + ((f - formant) / 100) ** 2) for formant in VOWELS[rng.integers(5)]]
-            tone = (sum(gain) * np.sin(2 * np.pi * f * t)).sum(0)
-            sound = tone if rng.random() < 0.7 else 0.1 * rng.standard_normal(len(t))
+            seconds = rng.uniform(0.06, 0.2) * (1 if speech else 8)
+            t = np.arange(int(seconds * RATE)) / RATE
+            f = np.array([400, 1104, 2160])  # modes of a bell
+            if speech:
+                f = 90 * 1.14 ** (i // 14) * np.arange(1, 40)  # harmonics of a voice
+            f = f[:, None] * rng.uniform(0.85, 1.2)
+            formants = VOWELS[rng.integers(5)]
+            gain = [1 / (1 + ((f - formant) / 100) ** 2) for formant in formants]
+            sound = (sum(gain) * np.sin(2 * np.pi * f * t)).sum(0)
+            if rng.random() >= 0.7:
+                sound = 0.1 * rng.standard_normal(len(t))
             sounds.append(sound * (np.hanning(len(t)) if speech else np.exp(-4 * t)))
-        file = folder / (f"toy-speech/{voice}/{i}.wav" if speech else f"toy-sounds/{i}.wav")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        place = folder / (f"toy-speech/{i // 14}" if speech else "toy-sounds")
+        place.mkdir(parents=True, exist_ok=True)
         sound = np.concatenate(sounds)
-        soundfile.write(file, 0.7 * sound / np.abs(sound).max(), RATE)
-    return folder
+        soundfile.write(place / f"{i}.wav", 0.7 * sound / np.abs(sound).max(), RATE)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("audio", nargs="?", type=Path, help="folder of audio")
-    parser.add_argument("--out", help="the prepared folder (default: one in prepared/)")
-    parser.add_argument("--like", metavar="PREPARED", help="take its teacher, tokens and scales")
-    parser.add_argument("--toy", metavar="DIR", type=Path, help="synthesise the toy corpus into it")
-    fields = [f for f in dataclasses.fields(agrepa.Config) if f.name in (*PREPARATION, "device")]
-    for f in fields:
-        how = {"type": f.type, "default": f.default, **f.metadata}
-        parser.add_argument("--" + f.name.replace("_", "-"), **how)
-    given = parser.parse_args()
-    if given.toy:
-        return given.toy if (given.toy / "toy-sounds/231.wav").exists() else toy(given.toy)
-    if not given.audio or not given.audio.is_dir():
-        raise ValueError(f"{given.audio}: no such folder; python data_prep.py FOLDER, or --toy DIR")
-    config = agrepa.Config(**{f.name: getattr(given, f.name) for f in fields})
-    if given.like:
-        meta = json.loads(Path(given.like, "meta.json").read_text())
-        config = dataclasses.replace(config, **{k: meta[k] for k in PREPARATION})
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, help="folder of audio")
+    add("--out", help="the prepared folder (default: prepared/NAME-1)")
+    add("--name", help="of the domain (default: the folder's)")
+    add("--like", type=Path, help="prepared folder: take its tokens and scales")
+    add("--toy", type=Path, help="folder to make the toy corpus in")
+    agrepa.add_flags(parser, (*PREPARATION, "device"))
+    # Flags that aren't given leave a Config as it is.
+    config = parser.parse_args(namespace=agrepa.Config())
+    if config.toy:
+        toy(config.toy)
+        return config.toy
+    folder = config.folder
+    if not folder or not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give one, or --toy DIR")
+    if config.codebooks > 2:
+        raise ValueError("--codebooks: 1 or 2")
+    if config.like:
+        meta = json.loads((config.like / "meta.json").read_text())
+        for key in PREPARATION:
+            value = meta[key]
+            if ".py:" in str(value):  # as it is found from elsewhere
+                value = os.path.join(meta["teachers_in"], value)
+            setattr(config, key, value)
     agrepa.check(config)
-    out = Path(given.out or f"prepared/{given.audio.resolve().name}-1")
-    return prepare(given.audio, out, config, given.like and os.path.abspath(given.like))
+    out = Path(config.out or f"prepared/{config.name or folder.resolve().name}-1")
+    return prepare(folder, out, config, config.like, config.name)
 
 
 if __name__ == "__main__":
-    stdout, sys.stdout = sys.stdout, sys.stderr  # what a teacher prints is not the folder's name
-    stdout.buffer.write(os.fsencode(agrepa.guarded(main)) + b"\n")  # any path that there is
+    # What a teacher prints, even in C, is not the folder's name.
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    os.write(answer, os.fsencode(agrepa.guarded(main)) + b"\n")
