@@ -61,6 +61,8 @@ MEL_FRAMES = 15  # of a chunk
 TEACHER_FRAMES = 8  # of a chunk
 
 # ---- 1. Flow matching (Eqs. 1, 2) --------------------------------------------------
+#     x_t = (1 - t) x0 + t x1     u = x1 - x0     L_FM = E ||v(x_t, t, c) - u||^2
+#
 # Straight lines from noise x0 at t = 0 to data x1 at t = 1; the model learns their
 # velocity u.
 
@@ -86,8 +88,10 @@ def flow_matching_loss(v, u, mask=None):
 
 
 # ---- 2. Velocity model (Eqs. 7, 15) ------------------------------------------------
-# A DiT. Each layer is h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c), f_l being attention and
-# feed-forward together. The conditioning c, tokens and a reference mel, enters in h_0.
+#     h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c)     s = [t1, b1, t2, b2, ...]
+#
+# A DiT, f_l being attention and feed-forward together; m_l is 1. The conditioning c,
+# tokens and a reference mel, enters in h_0.
 
 
 # tokens [B, N]: ids, 8 a chunk and codebook; the second codebook's are shifted by
@@ -262,6 +266,8 @@ def log_mel(wave):
 
 
 # ---- 4. The token interface: BiT-C (Eqs. 3 to 5) -----------------------------------
+#     z = LayerNorm(pool(e))     s_d = cos(P_d z, T_d(x))     L_BiT = sum_d (1 - s_d)
+#
 # One linear head P_d on the pooled embedded tokens e ties them to the teacher. It
 # trains the tokens to carry what the teacher knows, and gives LASP a head that was
 # never fitted to a layer.
@@ -296,6 +302,8 @@ def bitc_loss(s, keep):
 
 
 # ---- 5. LASP: what a layer stores (Eq. 6) ------------------------------------------
+#     LASP_l = cos(P_d z_l, T_d(x))     z_l = LayerNorm(pool(h_l))
+#
 # BiT-C's score with a layer's hidden state in the tokens' place, by one head for all
 # layers, which was never fitted to any of them.
 
@@ -308,6 +316,8 @@ def lasp(hidden, bitc, T_x):
 
 
 # ---- 6. FoG-A: what a layer contributes (Eqs. 8, 9) --------------------------------
+#     FoG-A_k = E ||v_k - v|| / (||v|| + eps)     v_k: v with the gate m_k = 0
+#
 # What a layer stores is not what it contributes: a deep one may hold all that the
 # teacher knows and hardly move the velocity. So close one layer's gate, and see how far
 # it moves: L + 2 passes, an open one, the same again as a check, one a layer. A closed
@@ -510,6 +520,7 @@ def closing(k, block, calls, skip):
 
 
 # ---- 7. Selection and weights (Eqs. 10, 11) ----------------------------------------
+#     S = the K layers of highest FoG-A     lambda_k = FoG-A_k / sum_{j in S} FoG-A_j
 
 
 def select_layers(scores, k=3):
@@ -528,8 +539,11 @@ def select_layers(scores, k=3):
 
 
 # ---- 8. Alignment (Eq. 12) ---------------------------------------------------------
-# A small head per layer maps the pooled hidden state to the teacher's space; the loss
-# is 1 - cosine. Wherever layers are asked for, section 7's {layer: lambda} will do.
+#     L = L_FM + lambda_BiT L_BiT + sum_{k in S} lambda_k (1 - cos_k)
+#     cos_k = cos(h_phi_k(pool(h_k)), T(x))
+#
+# h_phi_k, a small head a layer, maps its pooled hidden state to the teacher's space.
+# Wherever layers are asked for, section 7's {layer: lambda} will do.
 
 
 @contextlib.contextmanager

@@ -855,8 +855,8 @@ def test_strategies_differ_only_from_the_selection_on(made):
     for select in ("foga", "lasp", "gradnorm", "random", "none", "4,1"):
         runs[select] = train(made, select, select=select, dropout=0.1)
         for name in ("probe.csv", "log.csv"):
-            one, other = (Path(run, name).read_text() for run in (select, "foga"))
-            assert one.splitlines()[:4] == other.splitlines()[:4]
+            one, other = (open(f"{run}/{name}") for run in (select, "foga"))
+            assert one.readlines()[:4] == other.readlines()[:4]
         layers = json.loads(Path(select, "layers.json").read_text())
         for lam, entry in zip(runs[select]["lam"], layers.values(), strict=True):
             best = 1 + np.argsort(entry.get(select, [0]))[::-1][:2]
@@ -939,8 +939,8 @@ agrepa.guarded(agrepa.main)"""
     assert_same(whole, found)
     assert found["probes"] == whole["probes"] and found["lam"] == whole["lam"]
     for name in ("log.csv", "probe.csv"):
-        one, other = (Path(run, name).read_text() for run in ("whole", "run"))
-        assert one == other
+        one, other = (open(f"{run}/{name}") for run in ("whole", "run"))
+        assert one.read() == other.read()
     weights = found["objective"]  # and their moving average is another
     assert (weights["average.v_out.weight"] != weights["model.v_out.weight"]).any()
 
@@ -1550,7 +1550,6 @@ def test_bad_audio_folders_are_met_in_words(audio, program):
     Path("closed/x.m4a").write_bytes(b"x")
     for argv, words in (
         (("nowhere",), "no such folder"),
-        ((), "no such folder"),
         (("empty",), "0 usable files"),
         (("closed",), "first x.m4a: libsndfile can't open it"),
         (("short",), "wav: is too short"),
@@ -1559,7 +1558,6 @@ def test_bad_audio_folders_are_met_in_words(audio, program):
             "--units 40000: too many",
         ),
         ((audio / "two", "--teacher", "WHISPER"), "--teacher WHISPER"),
-        ((audio / "two", "--units", 5000), "--units 5000: too many"),
     ):
         assert words in program("--teacher", "MFCC", *argv, module=data_prep, code=2), (
             argv
