@@ -93,10 +93,11 @@ def flow_matching_loss(v, u, mask=None):
 # A DiT, f_l being attention and feed-forward together; m_l is 1. The conditioning c,
 # tokens and a reference mel, enters in h_0.
 
-
-# tokens [B, N]: ids, 8 a chunk and codebook; the second codebook's are shifted by
-# `units`. ref [B, T, M]: reference mel, a clip's first frames, zeros after them. keep
-# [B]: false where the tokens are dropped. domain: which table of embeddings.
+# The conditioning c of a batch, which is of one domain:
+# tokens  [B, N]     ids, 8 a chunk and codebook; the second's are shifted by `units`
+# ref     [B, T, M]  reference mel: a clip's first frames, zeros after them
+# keep    [B]        false where the tokens are dropped
+# domain  int        which table of embeddings
 Condition = namedtuple("Condition", "tokens ref keep domain")
 
 
@@ -124,7 +125,7 @@ def attention(q, k, v):
     """q, k, v [B, heads, T, d] -> [B, heads, T, d]."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    # On a CPU its bf16 backward is slow: written out, a step takes 0.8 of the time.
+    # On a CPU its bf16 backward is slow: written out, a step takes 0.6 to 0.9 of that.
     score = (q * q.shape[-1] ** -0.5) @ k.mT
     with torch.autocast("cpu", enabled=False):  # else softmax would widen the scores
         return score.softmax(-1) @ v
@@ -200,8 +201,7 @@ class VelocityModel(nn.Module):
         self.v_out = zero(nn.Linear(dim, n_mels))
 
     def embed(self, cond):
-        """The embedded tokens e [B, N, D], which train; zeros where they are
-        dropped."""
+        """The embedded tokens e [B, N, D], which train; zeros where dropped."""
         return self.tokens[cond.domain](cond.tokens) * cond.keep[:, None, None]
 
     def forward(self, x_t, t, cond):
@@ -404,8 +404,8 @@ def hooked(modules, before, after):
         yield
 
 
-# A module's call in the open pass. inputs, output: {place: (tensor, version)}, held
-# here so that `is` can compare them.
+# A module's call in the open pass; inputs and output are {place: (tensor, version)}.
+# It holds the tensors themselves, so that `is` can compare them.
 Call = namedtuple("Call", "module inputs output")
 
 
@@ -586,8 +586,7 @@ def capture(blocks, layers, output=None):
 
 
 class AlignmentHeads(nn.ModuleDict):
-    """h_phi_k: a two-layer MLP a layer. dim: hidden states' width, or {layer:
-    width}."""
+    """h_phi_k: a two-layer MLP a layer. dim: the states' width, or {layer: width}."""
 
     def __init__(self, layers, dim, teacher_dim, width=192):
         super().__init__()
@@ -681,9 +680,12 @@ META = """name teacher units_teacher codebooks units units_id tokens_tell held_o
 teacher_dim teacher_mean mel_mean mel_std"""
 
 
-# x0 [B, T, M]: noise. x1 [B, T, M]: log-mel, normalised by the domain's mean and
-# deviation. t [B]. cond: a Condition. teacher [B, n, teacher_dim]: a row a chunk, less
-# the corpus mean.
+# A batch of one domain:
+# x0       [B, T, M]            noise
+# x1       [B, T, M]            log-mel, less the domain's mean, over its deviation
+# t        [B]                  time
+# cond                          a Condition
+# teacher  [B, n, teacher_dim]  features, a row a chunk, less the corpus mean
 Batch = namedtuple("Batch", "x0 x1 t cond teacher")
 
 
@@ -736,10 +738,11 @@ class PreparedFolder:
         a clip's first frames is its reference mel; keep [B] -> Batch."""
 
         def on(array):  # from pinned memory, so that nobody waits for the GPU
+            cuda = "cuda" in str(device)
             x = torch.from_numpy(array)
-            if "cuda" in str(device):
+            if cuda:
                 x = x.pin_memory()
-            return x.to(device, non_blocking=True)
+            return x.to(device, non_blocking=cuda)
 
         rows = starts[:, None] + np.arange(self.n)  # [B, n]
         B = len(rows)
@@ -791,20 +794,18 @@ def training_batches(data, config, step, rank, device):
 
 
 def fixed_batch(folder, part, B, device, seed=0):
-    """B clips spread evenly over a part, and in t, that drop nothing: always the
-    same."""
+    """B clips, always the same, spread evenly over a part and in t; none drops any."""
     rng = np.random.default_rng((FIXED, seed, 0, 0, folder.domain))
     starts = folder.starts[part]
     if len(starts) == 0:
         raise ValueError(f"--seconds: {folder.meta['name']} has no {part} clip so long")
     starts = starts[np.linspace(0, len(starts) - 1, B).astype(int)]
     t = (rng.permutation(B) + 0.5) / B
-    reference = 0.3 * rng.random(B)
     return folder.batch(
         starts,
         t,
-        reference,
-        t > 0,  # keep all
+        0.3 * rng.random(B),  # reference
+        t > 0,  # keep: all
         rng,
         device,
     )
