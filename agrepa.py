@@ -728,7 +728,7 @@ class PreparedFolder:
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             lacks = error
         if lacks:
-            raise ValueError(f"{path} isn't whole, prepare it anew: {lacks!r}")
+            raise ValueError(f"{path} isn't whole, or not prepared: {lacks!r}")
         self.meta = meta
         self.centre = np.float32(0 if raw_teacher else meta["teacher_mean"])
         self.starts = clip_starts(utterances, meta["held_out"], self.n)

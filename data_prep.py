@@ -590,7 +590,10 @@ def prepare(folder, out, config, like=None, name=None):
     if out.exists():
         with open(out / LOG) as file:
             if json.loads(file.readline()) != settings:
-                raise ValueError(f"{out} is of other audio or settings: change --out")
+                raise ValueError(
+                    f"{out} is of other audio or settings: delete it, or give "
+                    "data_prep.py another --out"
+                )
         return out
     train, held = split(folder, sizes, skipped, like)
     paths = train + held
