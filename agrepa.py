@@ -922,7 +922,8 @@ def launch(config):
 class Objective(nn.Module):
     """All that trains: the velocity model, a BiT-C head a domain and alignment heads,
     which stay as they are until phase II asks for some. Beside them the moving average
-    of the model, which is judged and sampled from."""
+    of the model, which is judged and sampled from; it has no gradients, so that AdamW
+    leaves it alone."""
 
     def __init__(self, config, metas):
         super().__init__()
@@ -1110,9 +1111,8 @@ def begin(config, names, metas):
 
 
 def train(config, out=None, state=None):  # noqa: C901
-    """One run in two phases -> its folder, which process 0 makes and writes. state: the
-    checkpoint in `out` to go on from. Raises ValueError for data that it can't be
-    trained on, and where the loss is no longer finite."""
+    """One run in two phases -> its folder, made and written by process 0. state: the
+    checkpoint in it to go on from. Raises ValueError for unfit data or a loss of NaN."""
     device, cast = launch(config)
     rank = dist.get_rank() if dist.is_initialized() else 0
     data = [
@@ -1127,7 +1127,6 @@ def train(config, out=None, state=None):  # noqa: C901
     probed = [fixed_batch(folder, "training", 12, device) for folder in data]
     torch.manual_seed(config.seed)
     objective = Objective(config, metas).to(device)
-    # The average is among them, and stays as it is: it has no gradients.
     groups = [{"params": list(part.parameters())} for part in objective.children()]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.1, fused=True)
     if state:

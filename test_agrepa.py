@@ -909,7 +909,14 @@ def test_two_processes_average_their_gradients(made, monkeypatch):
 
 
 def test_killed_runs_end_bit_for_bit(made):
-    argv = ["--data", *made, *TINY, "--steps=40", "--probe-steps=20", "--dropout=.1"]
+    argv = [
+        "--data",
+        *made,
+        *TINY,
+        "--steps=40",
+        "--probe-steps=20",
+        "--dropout=.1",
+    ]
     whole = train(made, "whole", steps=40, probe_steps=20, dropout=0.1)
     code = """
 import os, sys, agrepa
