@@ -1112,7 +1112,7 @@ def begin(config, names, metas):
 
 def train(config, out=None, state=None):  # noqa: C901
     """One run in two phases -> its folder, made and written by process 0. state: the
-    checkpoint in it to go on from. Raises ValueError for unfit data or a loss of NaN."""
+    checkpoint in it to go on from. Raises ValueError for unfit data and NaN losses."""
     device, cast = launch(config)
     rank = dist.get_rank() if dist.is_initialized() else 0
     data = [
