@@ -21,10 +21,11 @@ The method of arXiv 2603.01006 (ICML 2026), equation by equation, in one file:
 12  sound                            write_samples
 13  command line                     main
 
-Shapes: B clips, T mel frames, N tokens, M mel bins, D the model's width, L layers,
-counted from 1. Time is in chunks of 0.16 s, the shortest stretch that is whole in both
-clocks: 15 mel frames (hop 256 at 24 kHz) and 8 teacher frames (20 ms). T_x is T(x), a
-clip's teacher feature. data_prep.py turns audio into what section 10 reads.
+Shapes: B clips, n chunks and T mel frames of a clip, N tokens, M mel bins, D the
+model's width; L layers, counted from 1, k one of them, K chosen. Time is in chunks of
+0.16 s, the shortest stretch that is whole in both clocks: 15 mel frames (hop 256 at
+24 kHz) and 8 teacher frames (20 ms). T_x is T(x), a clip's teacher feature.
+data_prep.py turns audio into what section 10 reads; results/picture.py draws a run.
 """
 
 import argparse
@@ -76,9 +77,10 @@ def flow_path(x0, x1, t):
 
 
 def flow_matching_loss(v, u, mask=None):
-    """Eq. 2 of each clip, a mean over elements, not a sum: the other losses' weights
-    assume it. v, u [B, ...] -> [B]; mask [B, T], boolean, true where a frame is real.
-    Raises ValueError where v and u differ in shape: they would broadcast."""
+    """Eq. 2 of each clip, a mean over elements, not a sum, so that it is of the order
+    of the other losses, which are cosines. v, u [B, ...] -> [B]; mask [B, T], boolean,
+    true where a frame is real. Raises ValueError where v and u differ in shape: they
+    would broadcast."""
     if v.shape != u.shape:
         raise ValueError(f"v {list(v.shape)} is not of the shape of u {list(u.shape)}")
     error = (v.float() - u).square()
@@ -91,10 +93,12 @@ def flow_matching_loss(v, u, mask=None):
 #     h_l = h_{l-1} + m_l f_l(h_{l-1}, t, c)     s = [t1, b1, t2, b2, ...]
 #
 # A DiT, f_l being attention and feed-forward together; m_l is 1. The conditioning c,
-# tokens and a reference mel, enters in h_0.
+# tokens and a reference mel, enters in h_0, the time t in each branch of each layer, by
+# adaLN-Zero: alpha branch(LayerNorm(h) (1 + scale) + shift), where t gives alpha, scale
+# and shift, and alpha starts at 0.
 
 # The conditioning c of a batch, which is of one domain:
-# tokens  [B, N]     ids, 8 a chunk and codebook; the second's are shifted by `units`
+# tokens  [B, N]     ids, 8 a chunk and codebook; the second's follow the first's
 # ref     [B, T, M]  reference mel: a clip's first frames, zeros after them
 # keep    [B]        false where the tokens are dropped
 # domain  int        which table of embeddings
@@ -211,11 +215,11 @@ class VelocityModel(nn.Module):
         e = F.interpolate(e.mT, T, mode="linear").mT
         # To concatenate x_t and c and project them is to add up their projections.
         h = self.x_in(x_t) + self.cond_in(torch.cat([e, cond.ref], -1))  # h_0 [B, T, D]
-        t = self.time(sinusoids(1000 * t, 256))[:, None]  # as in DiT; now [B, 1, D]
+        t_emb = self.time(sinusoids(1000 * t, 256))[:, None]  # [B, 1, D], as in DiT
         waves = sinusoids(torch.arange(T, device=h.device), self.head_dim)
         for layer in self.layers:
-            h = layer(h, t, waves)
-        shift, scale = self.modulation(t).chunk(2, -1)
+            h = layer(h, t_emb, waves)
+        shift, scale = self.modulation(t_emb).chunk(2, -1)
         h = modulate(h, shift, scale)
         return self.v_out(h).float()
 
@@ -229,7 +233,7 @@ class VelocityModel(nn.Module):
 class Teacher(nn.Module):
     """A speech bundle of torchaudio.pipelines, one layer of it, frozen: waveform [B, n
     x 2560] at 16 kHz, n chunks -> features [B, n x 8, teacher_dim]. Its checkpoint is
-    downloaded once."""
+    downloaded once. data_prep.py has teachers of other kinds, too."""
 
     def __init__(self, name="HUBERT_BASE", layer=9):
         super().__init__()
@@ -310,8 +314,8 @@ def bitc_loss(s, keep):
 
 @torch.no_grad()
 def lasp(hidden, bitc, T_x):
-    """Eq. 6: hidden {k: [B, T, D]}, bitc a head, T_x [B, teacher_dim] -> [L, B], by
-    k."""
+    """Eq. 6: hidden {k: [B, T, D]}, bitc the domain's head, frozen here, T_x
+    [B, teacher_dim] -> [L, B], a row a layer, in the order of k."""
     return torch.stack([bitc(hidden[k], T_x) for k in sorted(hidden)])
 
 
@@ -320,13 +324,13 @@ def lasp(hidden, bitc, T_x):
 #
 # What a layer stores is not what it contributes: a deep one may hold all that the
 # teacher knows and hardly move the velocity. So close one layer's gate, and see how far
-# it moves: L + 2 passes, an open one, the same again as a check, one a layer. A closed
+# it moves: L + 2 passes, one open, one open again as a check, L closed. A closed
 # layer returns its h_{l-1}; most of this section finds out which of its inputs that is,
 # in models of all kinds. fog_a comes first, its helpers in the order in which it calls
 # them.
 
 
-@torch.inference_mode(False)  # its tensors have no version, which `route` compares
+@torch.inference_mode(False)  # inference tensors have no version: `route` compares it
 @torch.no_grad()
 def fog_a(velocity, blocks, *inputs, skip=None, eps=1e-8):
     """Eqs. 8, 9 for any residual network: scores [L, B]; their mean over B is FoG-A.
@@ -362,7 +366,7 @@ def probing_mode():
             undo.callback(setattr, module, "training", True)
             module.training = False
 
-    # fork_rng wants a kind of device, though there be none of it.
+    # Without an accelerator, fork_rng still asks which kind it would be.
     device = torch.accelerator.current_accelerator(True) or torch.device("cuda")
     devices = range(torch.accelerator.device_count())
     with contextlib.ExitStack() as undo:
@@ -423,6 +427,7 @@ def shapes(tree):
     return {place: x.shape for place, (x, _) in tensors(tree).items()}
 
 
+# tree -> the same tree, its tensors cloned: what a block took in before it wrote there
 copies = partial(pytree.tree_map_only, torch.Tensor, torch.clone)
 
 
@@ -438,22 +443,25 @@ def recorded_pass(velocity, inputs, groups):
     ran = {call.module for call in calls}
     for k, modules in enumerate(groups, 1):
         if not ran.issuperset(modules):
-            raise ValueError(f"fog_a: block {k} never ran (no ModuleList does)")
+            raise ValueError(f"fog_a: block {k} never ran (a ModuleList never does)")
     return v, calls
 
 
 def route(module, calls):
-    """Which input is h_{l-1}, as the open pass shows it: -> {place in the output: place
-    in the inputs}, the place at which the next module received this very output; and
-    whether that one received h + f, where this one took h and returned f: the caller
-    adds."""
+    """What the open pass shows of a module: -> places, adds.
+
+    places: {place in its output: place in its inputs}, of which input is h_{l-1}: the
+    one at the place at which the next module received this very output, as with h =
+    a(h, c) and then h = b(h, c) the first. Empty where the pass doesn't show it. adds:
+    whether the next module received h + f, where this one took h and returned f.
+    """
     i = [call.module for call in calls].index(module)
     own = calls[i]
     beside = calls[max(0, i - 1) : i] + calls[i + 1 : i + 2]  # before and after it
     if module is calls[-1].module and i > 0:
         i = i - 1  # the last one hands on to none: its output goes as that before it
     giver = calls[i]
-    taker = calls[i : i + 2][-1]
+    taker = calls[i : i + 2][-1]  # the next call; the same if there is but one
 
     places = {}
     for at, (x, version) in giver.output.items():
@@ -476,7 +484,7 @@ def route(module, calls):
     for place, (x, _) in own.inputs.items():
         shared = any(call.inputs.get(place, [None])[0] is x for call in beside)
         if x.shape in sizes and not shared and place not in places.values():
-            return {}, adds  # no place: `closing` then asks for skip=
+            return {}, adds
     return places, adds
 
 
@@ -497,7 +505,6 @@ def closing(k, block, calls, skip):
 
     def close(module, inputs, output):
         places, adds = route(module, calls)
-        answer = "0 * output, as its caller adds h" if adds else "..."
         if skip:
             closed = skip(*inputs, output)
         elif isinstance(block, (list, tuple)):
@@ -509,6 +516,7 @@ def closing(k, block, calls, skip):
             right = False
         if not right:
             taken = list(map(list, shapes(inputs).values()))
+            answer = "0 * output, as its caller adds h" if adds else "..."
             raise ValueError(
                 f"fog_a: block {k} takes {taken}: list its branches, [[attn, ff], ...],"
                 " or say what it returns when closed, in the form of its output: "
@@ -555,7 +563,7 @@ def capture(blocks, layers, output=None):
     blocks = list(blocks)
     hidden = {}
 
-    def keep(k, block, args, returned):
+    def note(k, block, args, returned):
         if k in hidden:
             raise ValueError(f"capture: block {k} ran twice: capture one pass")
         if isinstance(returned, (tuple, list)) and len(returned) == 1:  # Hugging Face's
@@ -571,7 +579,7 @@ def capture(blocks, layers, output=None):
                 raise ValueError(
                     f"capture: no layer {k} among {len(blocks)}, counted from 1"
                 )
-            hook = blocks[k - 1].register_forward_hook(partial(keep, k))
+            hook = blocks[k - 1].register_forward_hook(partial(note, k))
             hooks.callback(hook.remove)
         yield hidden
     for k in layers:
@@ -586,7 +594,8 @@ def capture(blocks, layers, output=None):
 
 
 class AlignmentHeads(nn.ModuleDict):
-    """h_phi_k: a two-layer MLP a layer. dim: the states' width, or {layer: width}."""
+    """h_phi_k: a two-layer MLP a layer, narrow, so that three are about 1 % of the
+    model. dim: the hidden states' width, or {layer: width}."""
 
     def __init__(self, layers, dim, teacher_dim, width=192):
         super().__init__()
@@ -603,8 +612,8 @@ def agrepa_loss(hidden, heads, T_x, lam, mask=None):
     """Eq. 12's sum over k in S of lambda_k (1 - cos(h_phi_k(pool(h_k)), T(x))) -> [B].
 
     hidden {k: [B, T, D]}, lam {k: lambda_k}, mask [B, T], boolean, true where a frame
-    is real. T_x [B, teacher_dim]; or [B, n, teacher_dim]: n equal stretches of time,
-    each with its own target. Raises ValueError for shapes that would broadcast.
+    is real. T_x [B, teacher_dim]; or [B, n, teacher_dim]: n equal stretches of the T
+    frames, each with its own target. Raises ValueError for shapes that would broadcast.
     """
     if T_x.dim() == 2:
         T_x = T_x[:, None]  # one stretch
@@ -627,13 +636,15 @@ def agrepa_loss(hidden, heads, T_x, lam, mask=None):
 
 
 # ---- 9. Sampling (App. A) ----------------------------------------------------------
+#     x <- x + (t' - t) v     v = v_u + w (v_c - v_u)
+#     t <- t + sway (cos(pi t / 2) - 1 + t)
 
 
 @torch.no_grad()
 def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0):
-    """Noise x0 [B, T, M] -> x1 [B, T, M] in nfe Euler steps. guidance 1 is off, 3
-    F5-TTS's 2: v_u lacks the tokens, not the reference mel. sway below 0: finer steps
-    near the noise (F5-TTS)."""
+    """Noise x0 [B, T, M] -> x1 [B, T, M] in nfe Euler steps. guidance w: 1 is off; 3 is
+    what F5-TTS calls 2 (v_c + 2 (v_c - v_u)). v_u lacks the tokens, not the reference
+    mel. sway below 0: finer steps near the noise (F5-TTS)."""
     dropped = cond._replace(keep=torch.zeros_like(cond.keep))
     t = torch.linspace(0, 1, nfe + 1, device=x0.device)
     t = t + sway * (torch.cos(torch.pi / 2 * t) - 1 + t)
@@ -675,17 +686,17 @@ def mel_to_wave(mel, vocoder="griffinlim", seed=0):
 # and a batch is cut from them at once. A draw depends on (purpose, seed, step, rank,
 # domain) alone, so that going on with a run changes none.
 
-TRAINING, FIXED, CHOICE = range(3)  # purposes: no two streams meet
+TRAINING, FIXED, RANDOM = range(3)  # purposes: no two streams meet
+# units_id: two folders of one id have the same tokens. tokens_tell: the cosine of T(x)
+# with what a chunk's tokens alone tell of it.
 META = """name teacher units_teacher codebooks units units_id tokens_tell held_out
 teacher_dim teacher_mean mel_mean mel_std"""
 
 
-# A batch of one domain:
-# x0       [B, T, M]            noise
-# x1       [B, T, M]            log-mel, less the domain's mean, over its deviation
-# t        [B]                  time
-# cond                          a Condition
-# teacher  [B, n, teacher_dim]  features, a row a chunk, less the corpus mean
+# A batch of one domain: x0       [B, T, M]            noise x1       [B, T, M]
+# log-mel, scaled by two numbers a domain: mean 0, deviation 1 t        [B]
+# time cond                          a Condition teacher  [B, n, teacher_dim]  features,
+# a row a chunk, less the corpus mean
 Batch = namedtuple("Batch", "x0 x1 t cond teacher")
 
 
@@ -694,6 +705,9 @@ def clip_starts(utterances, held_out, n):
     on -> {part: rows at which a clip of n rows may begin}. A clip lies within one
     recording; recordings that are shorter are joined with neighbours as short, in the
     folder."""
+    # place: alike for neighbours that may be joined, else each recording's own. source:
+    # of each row, which such stretch it lies in. A clip may begin at row i if row
+    # i + n - 1 lies in the same.
     _, chunks, folder = utterances.T
     alone = -1 - np.arange(len(chunks))
     place = np.where(chunks < n, folder, alone)
@@ -724,11 +738,11 @@ class PreparedFolder:
             self.mel = mel.reshape(rows, MEL_FRAMES, N_MELS)
             self.tokens = tokens.reshape(rows, TEACHER_FRAMES * meta["codebooks"])
             self.teacher = teacher.reshape(rows, meta["teacher_dim"])
-            lacks = set(META.split()) - meta.keys()
+            wrong = set(META.split()) - meta.keys()
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-            lacks = error
-        if lacks:
-            raise ValueError(f"{path} isn't whole, or not prepared: {lacks!r}")
+            wrong = error
+        if wrong:
+            raise ValueError(f"{path} isn't whole, or not prepared: {wrong!r}")
         self.meta = meta
         self.centre = np.float32(0 if raw_teacher else meta["teacher_mean"])
         self.starts = clip_starts(utterances, meta["held_out"], self.n)
@@ -805,7 +819,7 @@ def fixed_batch(folder, part, B, device, seed=0):
         starts,
         t,
         0.3 * rng.random(B),  # reference
-        t > 0,  # keep: all
+        t > 0,  # keep all: true everywhere
         rng,
         device,
     )
@@ -855,7 +869,7 @@ class Config:
     select: str = "foga"  # foga, lasp, gradnorm, random, none, or layers: 4,8,12
     align_weight: float = 1.0  # weight of the alignment loss
     align_pool: str = "clip"  # one target per clip, or per chunk
-    bit_weight: float = 0.5  # lambda_BiT (paper: 0.5 for speech, 1.0 for audio)
+    bit_weight: float = 0.5  # lambda_BiT, of all domains (paper: 0.5 speech, 1.0 audio)
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: str = "auto"  # bfloat16 or float32; auto: bfloat16 where it is fast
     compile: bool = False  # torch.compile the layers
@@ -881,7 +895,7 @@ def check(config):
         value = getattr(config, field.name)
         flag = f"--{field.name.replace('_', '-')} {value}"
         if field.type in (int, float):
-            least = min(field.default, 1e-9)  # 0 where that is the default; sway: -1
+            least = min(field.default, 1e-9)  # above 0, or a default below: 0; sway: -1
             if field.name in ("align_weight", "bit_weight", "guidance"):
                 least = 0
             if not least <= value < 1e12:
@@ -970,7 +984,7 @@ class Objective(nn.Module):
             bitc = bitc + bitc_loss(s, batch.cond.keep)
             align = align + loss.mean()
         n = len(batches)
-        return fm / n, bitc, align / n  # Eq. 5 sums over domains
+        return fm / n, bitc, align / n  # means over clips; Eq. 5 sums over domains
 
 
 def distributed(objective):
@@ -987,7 +1001,7 @@ def update(objective, optimiser, step):
     fall = 0.5 + 0.5 * np.cos(np.pi * step / config.steps)
     for group in optimiser.param_groups:
         group["lr"] = float(config.lr * min(rise, fall))
-        # In one norm the heads' gradients would shrink the model's step.
+        # By their own norm: in one, the heads' gradients would shrink the model's step.
         nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimiser.step()
     optimiser.zero_grad()
@@ -998,8 +1012,9 @@ def update(objective, optimiser, step):
 
 
 def probe(objective, batches):
-    """SCORES of each layer, [domains][L][3]. In float32: FoG-A's are
-    differences of close numbers. The batches' times are spread over [0, 1]."""
+    """SCORES of each layer, [domains][L][3], of the model as it trains, not its
+    average. Not to be called within autocast: FoG-A's are differences of close numbers.
+    The batches' times are spread over [0, 1]."""
     model = objective.model
     model.eval()
     found = []
@@ -1031,7 +1046,7 @@ def choose(config, scores, domain):
     K = config.top_k
     if config.select == "foga":
         return select_layers(scores[:, 0], K)
-    rng = np.random.default_rng((CHOICE, config.seed, 0, 0, domain))
+    rng = np.random.default_rng((RANDOM, config.seed, 0, 0, domain))
     columns = [*scores.T, rng.random(len(scores))]
     if config.select in STRATEGIES:
         layers = top(columns[STRATEGIES.index(config.select)], K)
@@ -1061,9 +1076,9 @@ def report(config, name, lam, scores, early):
 
 
 def end_phase1(config, names, probes, out):
-    """Chooses each domain's layers on the mean of the second half of the probes; says
-    and writes why. probes: {step: [domains][L][3]} -> {layer: lambda} of each
-    domain."""
+    """Chooses each domain's layers on the mean of the second half of the probes, since
+    the model has just left zero in the first; says and writes why. probes: {step:
+    [domains][L][3]} -> {layer: lambda} of each domain."""
     lines = ["step,domain,layer,foga,lasp,gradnorm"]
     for step, domains in probes.items():
         for name, layers in zip(names, domains, strict=True):
@@ -1215,6 +1230,7 @@ def write_samples(path, given, out=None):
     tokens and reference mel; what comes after their first 30 % goes to
     out/<domain>/real and generated, as WAV. path: a checkpoint; given: flags."""
     state, objective = load(path)
+    # The same clips and noise for runs of all seeds
     config = Config(**{**state["config"], "seed": 0, **given})
     check(config)
     device, cast = launch(config)
@@ -1240,6 +1256,7 @@ def write_samples(path, given, out=None):
             mel = x * meta["mel_std"] + meta["mel_mean"]
             mel = mel[:, int(0.3 * mel.shape[1]) :]
             waves = mel_to_wave(mel, config.vocoder).cpu()
+            # Not before: no empty folder is left where sampling fails.
             out = out or new_folder(given.get("out", f"{Path(path).parent}/samples"))
             os.makedirs(f"{out}/{meta['name']}/{kind}", exist_ok=True)
             for i, wave in enumerate(waves):
@@ -1254,7 +1271,7 @@ def write_samples(path, given, out=None):
 TOY = """--layers 6 --dim 128 --heads 4 --seconds 1.92 --steps 240 --lr 2e-3
 --teacher MFCC --units 64 --probe-steps 90 --probe-every 15 --eval-every 40
 --count 1 --guidance 1"""
-TAKES = {
+TAKES = {  # the flags that go with a mode
     "sample": "sample data out seed seconds device count nfe guidance sway vocoder",
     "resume": "resume data device",
 }
@@ -1358,7 +1375,7 @@ def main():
         dist.init_process_group()  # gloo for the CPU's tensors, nccl for the GPUs'
     elif os.environ.get("SLURM_NTASKS", "1") != "1":  # each would train alone
         raise ValueError("SLURM_NTASKS is above 1: start torchrun, one task a node")
-    if not config.data:
+    if not config.data:  # audio; it is prepared below
         toy = data_prep("--toy", "prepared/toy-audio")
         config.data = [f"{toy}/toy-speech", f"{toy}/toy-sounds"]
     if config.batch_size % len(config.data) > 0:
@@ -1370,12 +1387,14 @@ def main():
     ]
     out = train(config, out, state)
     write_samples(f"{out}/last.pt", {}, f"{out}/samples")
+    # Draws run.png. A run is whole without it.
     picture = f"{Path(__file__).parent}/results/picture.py"
     subprocess.run([sys.executable, picture, out])
 
 
 def guarded(work):
-    """Runs a program: what is wrong with its flags and files is a line, exit code 2."""
+    """Runs a program: a ValueError or OSError, as its flags and files cause them, is a
+    line and exit code 2."""
     try:
         return work()
     except (ValueError, OSError) as error:
