@@ -738,14 +738,14 @@ class PreparedFolder:
             self.mel = mel.reshape(rows, MEL_FRAMES, N_MELS)
             self.tokens = tokens.reshape(rows, TEACHER_FRAMES * meta["codebooks"])
             self.teacher = teacher.reshape(rows, meta["teacher_dim"])
+            self.centre = np.float32(0 if raw_teacher else meta["teacher_mean"])
+            self.starts = clip_starts(utterances, meta["held_out"], self.n)
             wrong = set(META.split()) - meta.keys()
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             wrong = error
         if wrong:
             raise ValueError(f"{path} isn't whole, or not prepared: {wrong!r}")
         self.meta = meta
-        self.centre = np.float32(0 if raw_teacher else meta["teacher_mean"])
-        self.starts = clip_starts(utterances, meta["held_out"], self.n)
 
     def batch(self, starts, t, reference, keep, rng, device):
         """The clips that begin at rows starts [B]; t [B]; reference [B]: which share of
@@ -1106,7 +1106,8 @@ def load(path):
         state = torch.load(path, "cpu", weights_only=True)
         objective = Objective(Config(**state["config"]), state["metas"])
         objective.load_state_dict(state["objective"])
-        assert {"step", "lam", "probes", "log", "optimiser"} <= state.keys()
+        for key in ("step", "lam", "probes", "log", "optimiser"):
+            state[key]
     except Exception as error:  # a foreign file may be anything
         raise ValueError(f"{path}: no checkpoint of agrepa.py: {error!r:.50}") from None
     return state, objective
@@ -1171,7 +1172,7 @@ def train(config, out=None, state=None):  # noqa: C901
             with torch.no_grad(), cast:
                 val_fm, _, val_align = objective(held_out, averaged=True)
             if not val_fm.isfinite():
-                raise ValueError(f"step {step}: not finite: {out}: lower --lr")
+                raise ValueError(f"{out}, step {step}: not finite; lower --lr?")
             log[step] = (
                 f"{step},{fm:.6g},{bitc:.6g},{align:.6g},{val_fm:.6g},{val_align:.6g}"
             )

@@ -220,7 +220,7 @@ def decode(file):
             wave = sound.read(samples, "float32", always_2d=True)
             n = int(len(wave) / rate / CHUNK + 1e-6)
             if n:
-                loudest = np.maximum(loudest, np.abs(wave).max())
+                loudest = np.maximum(loudest, np.ptp(wave))
                 if not loudest < 100:  # NaN, too
                     break
                 wave = mono(wave)
@@ -413,7 +413,7 @@ def fit_units(paths, folder, skipped, teachers, config):
     # Ids are stored as uint16.
     if frames < 2 * config.units or config.units * config.codebooks > 2**16:
         raise ValueError(
-            f"--units {config.units}: too many for {frames:,} frames of usable sound"
+            f"--units {config.units}: too many for {frames:,} frames of usable, finite sound"
             f"{first_of(skipped)}"
         )
     generator = torch.Generator().manual_seed(0)
@@ -439,7 +439,9 @@ def rows_of(books, mel, features, *streams):
 
 
 def mixed(part):
-    return ValueError(f"{part}: two processes wrote into it, or it was cut; delete it")
+    return ValueError(
+        f"{part}: two processes wrote into it, or a disk was full: delete it"
+    )
 
 
 def go_on(part, settings, paths, widths):
@@ -499,6 +501,7 @@ def fill(part, heard, books, skipped):
                     file.truncate(ends[i])
             line = {"path": path, "chunks": chunks, "reason": skipped.get(path)}
             text = json.dumps(line).encode() + b"\n"
+            check()  # before the line that counts them: a full disk loses rows unsaid
             files[3].write(text)
             ends[3] += len(text)
         check()
@@ -615,7 +618,7 @@ def prepare(folder, out, config, like=None, name=None):
             drawn = sorted(train, key=digest)  # as good as random
             units, count = fit_units(drawn, folder, skipped, teachers, config)
             # By name, too: a run has a table of embeddings for each domain.
-            unique = digest(f"{name} {units.tolist()}")
+            unique = digest(f"{name!a} {units.tolist()}")
             known = {"units_recordings": count, "units_id": unique}
             (part / "meta.json").write_text(json.dumps(known))
             np.save(part / "units.npy", units)
@@ -686,7 +689,7 @@ def main():
     if config.codebooks > 2:
         raise ValueError("--codebooks: 1 or 2")
     if config.like:
-        meta = json.loads((config.like / "meta.json").read_text())
+        meta = agrepa.PreparedFolder(config.like, 1).meta
         for key in PREPARATION:
             value = meta[key]
             if ".py:" in str(value):  # as it is found from elsewhere
