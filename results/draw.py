@@ -24,7 +24,7 @@ MODELS = [
     {"layers": "24", "dim": "128", "steps": "1500", "phase1": "300"},
 ]
 COLUMNS = {"val_fm": "held-out loss", "mel_l1": "mel L1"}
-SETTING = {"align_weight": "1", "align_pool": "chunk"}
+SETTING = {"align_weight": "1", "align_pool": "chunk", "edition": "3"}
 
 
 def alike(runs, setting):
