@@ -693,10 +693,12 @@ META = """name teacher units_teacher codebooks units units_id tokens_tell held_o
 teacher_dim teacher_mean mel_mean mel_std"""
 
 
-# A batch of one domain: x0       [B, T, M]            noise x1       [B, T, M]
-# log-mel, scaled by two numbers a domain: mean 0, deviation 1 t        [B]
-# time cond                          a Condition teacher  [B, n, teacher_dim]  features,
-# a row a chunk, less the corpus mean
+# A batch of one domain:
+# x0       [B, T, M]  noise
+# x1       [B, T, M]  log-mel, scaled by two numbers a domain: mean 0, deviation 1
+# t        [B]        time
+# cond                a Condition
+# teacher  [B, n, teacher_dim]  features, a row a chunk, less the corpus mean
 Batch = namedtuple("Batch", "x0 x1 t cond teacher")
 
 
@@ -705,13 +707,13 @@ def clip_starts(utterances, held_out, n):
     on -> {part: rows at which a clip of n rows may begin}. A clip lies within one
     recording; recordings that are shorter are joined with neighbours as short, in the
     folder."""
-    # place: alike for neighbours that may be joined, else each recording's own. source:
-    # of each row, which such stretch it lies in. A clip may begin at row i if row
-    # i + n - 1 lies in the same.
+    # place: alike for neighbours that may be joined, else each recording's own.
+    # source: of each row, which such stretch it lies in.
+    # A clip may begin at row i if row i + n - 1 lies in the same.
     _, chunks, folder = utterances.T
     alone = -1 - np.arange(len(chunks))
     place = np.where(chunks < n, folder, alone)
-    source = np.cumsum(np.diff(place, prepend=0) != 0).repeat(chunks)  # of each row
+    source = np.cumsum(np.diff(place, prepend=0) != 0).repeat(chunks)
     ends = source[n - 1 :]
     starts = np.flatnonzero(source[: len(ends)] == ends)
     split = chunks[: len(chunks) - held_out].sum()

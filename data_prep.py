@@ -116,9 +116,9 @@ def stem(path):
 
 
 def hold_out(sizes):
-    """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash, 2
-    % and 20 files at least, 10 % at most. They are whole folders (chapters) where there
-    are 20 folders, else whole recordings."""
+    """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash,
+    2 % and 20 files at least, 10 % at most. They are whole folders (chapters) where
+    there are 20 folders, else whole recordings."""
     total = sum(sizes.values())
     named = {p for p in sizes if re.search(r"(^|[/\\])(dev|test)-.*[/\\]", p)}
     if named and len(named) < len(sizes):
@@ -192,12 +192,16 @@ def mono(wave):
     return mean
 
 
-def resampled(wave, rate, new, n):
-    """Mono at `rate` [samples] -> n chunks of it at `new` [n x CHUNK x new]."""
+def resampled(wave, rate, new):
+    """[samples] at `rate` -> the same at `new`."""
     # Up to 500, as usual rates have: 16,001 Hz would take a kernel of 1.5 GB.
     ratio = Fraction(rate, new).limit_denominator(500).as_integer_ratio()
-    sound = torchaudio.functional.resample(torch.from_numpy(wave), *ratio)
-    return F.pad(sound, (0, round(n * CHUNK * new) - len(sound)))  # or cut
+    return torchaudio.functional.resample(wave, *ratio)
+
+
+def fitted(sound, samples):
+    """Zeros after it, or cut."""
+    return F.pad(sound, (0, samples - len(sound)))
 
 
 def decode(file):
@@ -205,13 +209,11 @@ def decode(file):
     2560] and at 24 kHz [n x 3840]. Returns why it can't be used, perhaps after the
     last."""
 
-    def no():
-        return False
-
     loudest = 0.0
     n = PIECE
     with soundfile.SoundFile(file) as sound:
-        sound.seekable = no  # read on: headers guess lengths, some formats can't seek
+        # Read on: headers guess lengths, and some formats can't seek.
+        sound.seekable = lambda: False
         rate = sound.samplerate
         if not 4000 <= rate <= 10**6:
             return f"is of {rate} Hz"
@@ -223,9 +225,10 @@ def decode(file):
                 loudest = np.maximum(loudest, np.ptp(wave))
                 if not loudest < 100:  # NaN, too
                     break
-                wave = mono(wave)
-                low = resampled(wave, rate, TEACHER_RATE, n)
-                yield low, resampled(wave, rate, RATE, n)
+                wave = torch.from_numpy(mono(wave))
+                low = resampled(wave, rate, TEACHER_RATE)
+                high = resampled(wave, rate, RATE)
+                yield fitted(low, n * 2560), fitted(high, n * 3840)
     size = os.path.getsize(file.name)
     if loudest < 100 and size - file.tell() > max(size // 10, 65_536):
         return "is longer than its header says: ffmpeg -i it to a .flac"

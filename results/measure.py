@@ -27,13 +27,12 @@ import contextlib
 import json
 import sys
 import unicodedata
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
-from torchaudio.functional import create_dct, edit_distance, resample
+from torchaudio.functional import create_dct, edit_distance
 from torchaudio.transforms import MFCC
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -48,12 +47,6 @@ UNSPACED = "zh yue ja th lo km my".split()  # languages written without spaces
 # ---- Sounds --------------------------------------------------------------------------
 
 
-def convert(wave, rate, new):
-    # Usual rates have denominators below 500; 22,051 Hz would take a kernel of 9 GB.
-    ratio = Fraction(rate, new).limit_denominator(500)
-    return resample(wave, ratio.numerator, ratio.denominator)
-
-
 class Sound:
     """A waveform [samples] as judges take it; hear() notes its words and voice."""
 
@@ -61,8 +54,8 @@ class Sound:
         self.rate = rate
         # -80 dB without the constant part: noise of 16 bits' last is silence.
         self.silent = wave.std() < 1e-4
-        self.at_16 = convert(wave, rate, TEACHER_RATE)
-        self.at_24 = convert(wave, rate, RATE)
+        self.at_16 = data_prep.resampled(wave, rate, TEACHER_RATE)
+        self.at_24 = data_prep.resampled(wave, rate, RATE)
         self.mel = agrepa.log_mel(self.at_24[None])[0]  # [frames, 100]
         self.language = None  # until the words are heard
 
