@@ -1,4 +1,4 @@
-"""runs.png from runs.csv: every short run's held-out loss and mel L1, by its layers.
+"""tokens.png from runs.csv: what alignment changes, over what the tokens tell.
 
 python results/draw.py
 """
@@ -9,47 +9,55 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-CHOICES = {  # name: the --select of model A, of model B
-    "none": ["none"],
-    "shallow": ["1,2,3"],
-    "middle": ["3,4,5", "11,12,13"],
-    "deep": ["6,7,8", "20,21,22"],
-    "random": ["random"],
-    "LASP": ["lasp"],
-    "FoG-A": ["foga"],
-    "lowest FoG-A": ["lowest FoG-A"],
+SETTING = {"edition": "4", "lr": "8e-3", "steps": "1200"}
+LOWER = {  # judges whose lower figure is better
+    "val_fm": "held-out loss",
+    "mel_l1": "mel L1",
+    "mel_cepstral_distortion": "mel cepstral distortion",
+    "frechet_mfcc": "Fréchet, MFCC",
+    "frechet_teachers_own": "Fréchet, the teacher's own",
 }
-MODELS = [
-    {"layers": "8", "dim": "128", "steps": "2000", "phase1": "400"},
-    {"layers": "24", "dim": "128", "steps": "1500", "phase1": "300"},
-]
-COLUMNS = {"val_fm": "held-out loss", "mel_l1": "mel L1"}
-SETTING = {"align_weight": "1", "align_pool": "chunk", "edition": "3"}
+HIGHER = {
+    "speaker_similarity": "speaker similarity",
+    "dnsmos_ovrl": "DNSMOS",
+}
+SELECTS = {"foga": "FoG-A", "lowest FoG-A": "lowest FoG-A"}
 
 
-def alike(runs, setting):
-    return [run for run in runs if setting.items() <= run.items()]
-
-
-def draw(ax, runs, column):
-    for x, selects in enumerate(CHOICES.values()):
-        y = [float(run[column]) for run in runs if run["select"] in selects]
-        ax.scatter([x] * len(y), y, 18, color=f"C{x}")
-    ax.set_ylabel(COLUMNS[column])
-    ax.set_xticks(range(len(CHOICES)), CHOICES, rotation=20, ha="right")
+def gains(runs, select, judge):
+    """-> tokens_tell, and how much better than its seed's none in %, of each run."""
+    none = {
+        (run["units"], run["seed"]): float(run[judge])
+        for run in runs
+        if run["select"] == "none"
+    }
+    x = []
+    y = []
+    for run in runs:
+        if run["select"] == select:
+            base = none[run["units"], run["seed"]]
+            gain = 100 * (float(run[judge]) - base) / base
+            x.append(float(run["tokens_tell"]))
+            y.append(gain if judge in HIGHER else -gain)
+    return x, y
 
 
 def main():
     with open(HERE / "runs.csv") as file:
-        runs = alike(csv.DictReader(file), SETTING)
-    figure = Figure((9, 5), layout="constrained")
-    axes = figure.subplots(len(MODELS), len(COLUMNS))
-    for row, model in enumerate(MODELS):
-        for place, column in enumerate(COLUMNS):
-            ax = axes[row, place]
-            ax.set_title("{layers} layers, {steps} steps".format(**model))
-            draw(ax, alike(runs, model), column)
-    figure.savefig(HERE / "runs.png", dpi=90)
+        runs = [run for run in csv.DictReader(file) if SETTING.items() <= run.items()]
+    figure = Figure((11, 5), layout="constrained")
+    *axes, last = figure.subplots(2, 4, sharex=True).flat
+    for ax, (judge, title) in zip(axes, {**LOWER, **HIGHER}.items(), strict=True):
+        ax.axhline(0, color="grey", lw=0.8)
+        for select, label in SELECTS.items():
+            x, y = gains(runs, select, judge)
+            ax.scatter(x, y, 22, alpha=0.8, label=label)
+        ax.set_title(title)
+    last.axis("off")
+    last.legend(*ax.get_legend_handles_labels(), loc="center")
+    axes[0].set_ylabel("better than none by, %")
+    figure.supxlabel("the cosine with T(x) that a chunk's tokens tell")
+    figure.savefig(HERE / "tokens.png", dpi=90)
 
 
 if __name__ == "__main__":
