@@ -659,17 +659,18 @@ def sample(model, cond, x0, nfe=32, guidance=3.0, sway=-1.0):
 
 
 def mel_to_wave(mel, vocoder="griffinlim", seed=0):
-    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz: Griffin-Lim, whose
-    first phases are drawn by seed, or the package vocos. Raises ImportError without
-    it."""
-    mel = torch.cat([mel, mel[:, -1:]], 1).mT  # one more frame closes the last hop
+    """log_mel's inverse: [B, n, 100] -> [B, n x 256] at 24 kHz, on the CPU, since MPS
+    lacks a solver: Griffin-Lim, whose first phases are drawn by seed, or the package
+    vocos. Raises ImportError without it."""
+    last = mel[:, -1:]  # one more frame closes the last hop
+    mel = torch.cat([mel, last], 1).mT.cpu()
     if vocoder == "vocos":
         from vocos import Vocos
 
-        net = Vocos.from_pretrained("charactr/vocos-mel-24khz").to(mel.device)
+        net = Vocos.from_pretrained("charactr/vocos-mel-24khz")
         return net.decode(mel)[:, : HOP * (mel.shape[2] - 1)]
     # 513 bins of frequency: n_fft / 2 + 1
-    linear = torchaudio.transforms.InverseMelScale(513, N_MELS, RATE).to(mel.device)
+    linear = torchaudio.transforms.InverseMelScale(513, N_MELS, RATE)
     griffin_lim = torchaudio.transforms.GriffinLim(
         n_fft=1024,
         n_iter=64,
@@ -678,7 +679,7 @@ def mel_to_wave(mel, vocoder="griffinlim", seed=0):
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return griffin_lim.to(mel.device)(linear(mel.exp()))
+        return griffin_lim(linear(mel.exp()))
 
 
 # ---- 10. Data ----------------------------------------------------------------------
@@ -1258,7 +1259,7 @@ def write_samples(path, given, out=None):
         for kind, x in ("real", batch.x1), ("generated", made):
             mel = x * meta["mel_std"] + meta["mel_mean"]
             mel = mel[:, int(0.3 * mel.shape[1]) :]
-            waves = mel_to_wave(mel, config.vocoder).cpu()
+            waves = mel_to_wave(mel, config.vocoder)
             # Not before: no empty folder is left where sampling fails.
             out = out or new_folder(given.get("out", f"{Path(path).parent}/samples"))
             os.makedirs(f"{out}/{meta['name']}/{kind}", exist_ok=True)
