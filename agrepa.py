@@ -1141,7 +1141,9 @@ def train(config, out=None, state=None):  # noqa: C901
     metas = [folder.meta for folder in data]
     names = [meta["name"] for meta in metas]
     if len(set(names)) < len(names):
-        raise ValueError("--data: two domains of one name: data_prep.py takes --name")
+        raise ValueError(
+            "--data: two domains of one name: prepare one with --name, --out"
+        )
     held_out = [fixed_batch(folder, "held out", 16, device) for folder in data]
     probed = [fixed_batch(folder, "training", 12, device) for folder in data]
     torch.manual_seed(config.seed)
@@ -1262,7 +1264,8 @@ def write_samples(path, given, out=None):
             waves = mel_to_wave(mel, config.vocoder)
             # Not before: no empty folder is left where sampling fails.
             out = out or new_folder(given.get("out", f"{Path(path).parent}/samples"))
-            os.makedirs(f"{out}/{meta['name']}/{kind}", exist_ok=True)
+            # A resumed run's end may find it there; else two domains have one name.
+            os.makedirs(f"{out}/{meta['name']}/{kind}", exist_ok=not given)
             for i, wave in enumerate(waves):
                 file = f"{out}/{meta['name']}/{kind}/{i:03}.wav"
                 soundfile.write(file, wave / wave.abs().max().clamp(min=1), RATE)
