@@ -874,7 +874,7 @@ class Config:
     align_pool: str = "clip"  # one target per clip, or per chunk
     bit_weight: float = 0.5  # lambda_BiT, of all domains (paper: 0.5 speech, 1.0 audio)
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
-    dtype: str = "auto"  # bfloat16 or float32; auto: bfloat16 where it is fast
+    dtype: str = "auto"  # of a run; auto, as in data_prep.py: bfloat16 where it is fast
     compile: bool = False  # torch.compile the layers
     eval_every: int = 200  # steps between log lines, each with the held-out loss
     save_every: int = 500  # steps between checkpoints: as many can be lost

@@ -117,8 +117,8 @@ def stem(path):
 
 def hold_out(sizes):
     """Which of {path: bytes} to hold out: dev-* and test-* folders; else, by a hash,
-    2 % and 20 files at least, 10 % at most. They are whole folders (chapters) where
-    there are 20 folders, else whole recordings."""
+    2 % or about 20 files, 10 % at most. They are whole folders (chapters) where there
+    are 20 folders, else whole recordings."""
     total = sum(sizes.values())
     named = {p for p in sizes if re.search(r"(^|[/\\])(dev|test)-.*[/\\]", p)}
     if named and len(named) < len(sizes):
@@ -194,8 +194,8 @@ def mono(wave):
 
 def resampled(wave, rate, new):
     """[samples] at `rate` -> the same at `new`."""
-    # Up to 500, as usual rates have: 16,001 Hz would take a kernel of 1.5 GB.
-    ratio = Fraction(rate, new).limit_denominator(500).as_integer_ratio()
+    # Up to 640, as 11,025 Hz needs: 16,001 Hz would take a kernel of 1.5 GB.
+    ratio = Fraction(rate, new).limit_denominator(640).as_integer_ratio()
     return torchaudio.functional.resample(wave, *ratio)
 
 
@@ -233,7 +233,7 @@ def decode(file):
     if loudest < 100 and size - file.tell() > max(size // 10, 65_536):
         return "is longer than its header says: ffmpeg -i it to a .flac"
     if not 1e-5 < loudest < 100:
-        return f"is too short, silent or no sound: its loudest sample is {loudest:.3g}"
+        return f"is too short, silent or no sound: its samples span {loudest:.3g}"
 
 
 def pieces_of(folder, path, skipped):
@@ -645,7 +645,7 @@ VOWELS = (730, 1090), (530, 1840), (270, 2290), (570, 840), (300, 870)
 
 
 def toy(folder):
-    """Syllables of eight voices, and bells and gusts: 13 minutes, the same each
+    """Syllables of eight voices, and bells and gusts: 12 minutes, the same each
     time."""
     if (folder / "toy-sounds" / "231.wav").exists():
         return
@@ -678,7 +678,7 @@ def main():
     add("folder", nargs="?", type=Path, help="folder of audio")
     add("--out", help="the prepared folder (default: prepared/NAME-1)")
     add("--name", help="of the domain (default: the folder's)")
-    add("--like", type=Path, help="prepared folder: take its tokens and scales")
+    add("--like", type=Path, help="prepared folder: take its teachers, tokens, scales")
     add("--toy", type=Path, help="folder to make the toy corpus in")
     agrepa.add_flags(parser, (*PREPARATION, "device"))
     # Flags that aren't given leave a Config as it is.
