@@ -475,7 +475,9 @@ def route(module, calls):
     ]
     for h, _ in giver.inputs.values():
         for f, _ in giver.output.values():
-            if h.shape == f.shape and any(torch.equal(y, h + f) for y in others):
+            # Not with a tensor of another device, as lengths may be: equal would raise.
+            alike = [y for y in others if y.device == h.device]
+            if h.shape == f.shape and any(torch.equal(y, h + f) for y in alike):
                 adds = True
 
     # An older state, of the output's shape, that no neighbour takes: a U-ViT's long

@@ -40,9 +40,11 @@ from agrepa import RATE, TEACHER_FRAMES, TEACHER_RATE
 AUDIO = """.wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64
 .sph""".split()
 CLOSED = ".m4a .mp4 .aac .wma .amr .webm .mka .ac3 .ape .wv".split()
-PIECE = 160  # chunks, 25.6 s, heard at once: attention is quadratic, Whisper sees 30 s
+# Chunks, 19.2 s, heard at once: attention is quadratic, and in a convolution of more
+# than 2^16 frames, HuBERT's of 20.5 s, MPS raises before macOS 15.1.
+PIECE = 120
 BATCH = 600  # chunks, 96 s of equal lengths, heard together
-GROUP = 48  # pieces, 20 minutes, read before they are heard: 200 MB as waveforms
+GROUP = 48  # pieces, 15 minutes, read before they are heard: 150 MB as waveforms
 ARRAYS = {"mel.bin": "<f2", "tokens.bin": "<u2", "teacher.bin": "<f2"}  # a row a chunk
 LOG = "files.jsonl"  # the settings, then a line for each file whose rows are written
 
@@ -600,6 +602,7 @@ def prepare(folder, out, config, like=None, name=None):
                     f"{out} is of other audio or settings: delete it, or give "
                     "data_prep.py another --out"
                 )
+        print(f"{out} was made before, of audio of the same names and sizes")
         return out
     train, held = split(folder, sizes, skipped, like)
     paths = train + held
@@ -620,9 +623,11 @@ def prepare(folder, out, config, like=None, name=None):
         elif not lines:
             drawn = sorted(train, key=digest)  # as good as random
             units, count = fit_units(drawn, folder, skipped, teachers, config)
-            # By name, too: a run has a table of embeddings for each domain.
-            unique = digest(f"{name!a} {units.tolist()}")
-            known = {"units_recordings": count, "units_id": unique}
+            known = {
+                "units_recordings": count,
+                # By name, too: a run has a table of embeddings for each domain.
+                "units_id": digest(f"{name!a} {units.tolist()}"),
+            }
             (part / "meta.json").write_text(json.dumps(known))
             np.save(part / "units.npy", units)
         units = torch.from_numpy(np.load(part / "units.npy"))
