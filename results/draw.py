@@ -15,7 +15,7 @@ SETTING = {
     "steps": "1200",
     "align_weight": "1",
     "align_pool": "chunk",
-    "minutes": "52",
+    "minutes": "48",
 }
 TELL = {"4": 0.21, "16": 0.28, "512": 0.35}  # tokens_tell, by units
 LOWER = {  # judges whose lower figure is better
