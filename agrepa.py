@@ -1338,7 +1338,9 @@ def new_folder(stem):
 def data_prep(*arguments):
     """Runs data_prep.py beside this file; its progress is seen -> its last line."""
     if dist.is_initialized():
-        raise ValueError(f"before torchrun: python data_prep.py {' '.join(arguments)}")
+        raise ValueError(
+            f"torchrun takes prepared --data: python data_prep.py {' '.join(arguments)}"
+        )
     command = [sys.executable, Path(__file__).with_name("data_prep.py"), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE)
     if done.returncode != 0:
