@@ -36,7 +36,7 @@ SELECTS = {
     "1,2,3": "layers 1 2 3",
     "6,7,8": "layers 6 7 8",
 }
-PAIR = ["units", "seed", "dtype"]  # what a run has in common with its none
+PAIR = ["units", "seed", "dtype", "device"]  # what a run has in common with its none
 
 
 def gains(runs, select, judge):
